@@ -1,0 +1,16 @@
+"""Efficient, correct DP-SGD in PyTorch and JAX. Importing this imports neither framework."""
+
+from dpsgd.methods import METHODS, Method, Step
+from dpsgd.privacy import PrivacyConfig
+from dpsgd.sampling import LogicalBatch, PhysicalBatch, poisson_batches
+
+__all__ = [
+    "METHODS",
+    "LogicalBatch",
+    "Method",
+    "PhysicalBatch",
+    "PrivacyConfig",
+    "Step",
+    "poisson_batches",
+]
+__version__ = "0.1.0"
