@@ -1,5 +1,6 @@
 """Efficient, correct DP-SGD in PyTorch and JAX. Importing this imports neither framework."""
 
+from dpsgd import models
 from dpsgd.methods import METHODS, Method, Step
 from dpsgd.privacy import PrivacyConfig
 from dpsgd.sampling import LogicalBatch, PhysicalBatch, poisson_batches
@@ -11,6 +12,7 @@ __all__ = [
     "PhysicalBatch",
     "PrivacyConfig",
     "Step",
+    "models",
     "poisson_batches",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
-"""The registry: one row per method, imported only when it is built.
+"""
+The registry: one row per method, imported only when it is built.
 
 A method is one file under ``dpsgd/<framework>/methods/`` and one row here. Tests and benchmarks read
 this table, so a new method needs nothing else.
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 
 
 class Step(Protocol):
-    """One training step of one method: the loop every method, ours or a peer's, is driven by.
+    """
+    One training step of one method: the loop every method, ours or a peer's, is driven by.
 
     ``for physical in logical: step.accumulate(*step.put(inputs, targets, mask))`` then
     ``step.update()`` once per logical batch, after an empty draw too.
@@ -46,7 +48,8 @@ class Step(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One row. ``target`` is ``module:Class``; ``baseline`` the SGD row it is paired with.
+    """
+    One row. ``target`` is ``module:Class``; ``baseline`` the SGD row it is paired with.
 
     ``static_shapes``: compiles once whatever is drawn. ``accepts_ragged``: takes variable physical
     sizes without cost, so it is given no padding. ``deviations``: where a peer differs from exact
@@ -75,7 +78,8 @@ class Method:
         return tuple(name for name in needed if importlib.util.find_spec(name) is None)
 
     def build(self, model: Any, optimizer: Any, privacy: Any, **options: Any) -> Step:
-        """Build the step.
+        """
+        Build the step.
 
         Args:
             model: ``torch.nn.Module`` or ``flax.nnx.Module``.
@@ -185,7 +189,8 @@ METHODS: dict[str, Method] = {
 
 
 def get(name: str) -> Method:
-    """The row called ``name``.
+    """
+    The row called ``name``.
 
     Raises:
         KeyError: there is none; the message gives the nearest names.

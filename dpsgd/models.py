@@ -1,4 +1,5 @@
-"""The model table, framework-free: name → family, sizes, input shape; and seeded initial weights.
+"""
+The model table, framework-free: name → family, sizes, input shape; and seeded initial weights.
 
 A name may carry overrides: ``vit-ti16-64px`` (image side), ``vit-b16-4blocks`` (depth), in either
 order, so that a case id always says what was cut.
@@ -67,7 +68,8 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def get(name: str) -> ModelSpec:
-    """The model called ``name``, with its overrides applied and kept in its name.
+    """
+    The model called ``name``, with its overrides applied and kept in its name.
 
     Raises:
         KeyError: unknown; the message gives the nearest names.
@@ -90,7 +92,8 @@ def get(name: str) -> ModelSpec:
 
 
 def initial_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """The initial float32 value of torch parameter ``name``; the same in both frameworks.
+    """
+    The initial float32 value of torch parameter ``name``; the same in both frameworks.
 
     1-D ``weight`` (norm scales) 1, ``bias`` 0, convolutions outside of a patch embedding and the
     CNN's linear uniform ±1/√fan_in (torch's default), everything else a truncated N(0, 0.02²) (ViT's).

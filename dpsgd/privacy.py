@@ -1,4 +1,5 @@
-"""The public configuration of one DP-SGD run, and ε ↔ σ through dp-accounting.
+"""
+The public configuration of one DP-SGD run, and ε ↔ σ through dp-accounting.
 
 The mechanism is T compositions of the Poisson-subsampled Gaussian. The reported ε is by privacy
 loss distributions (PLD, value_discretization_interval=1e-4, pessimistic); RDP is a cross-check.
@@ -6,6 +7,7 @@ Every ε belongs to a neighbouring relation: ``add_remove`` (zero-out of one exa
 ``replace_one``. The world size never enters. Source: Koskela et al. 2020, arXiv:1906.03049.
 """
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -32,7 +34,8 @@ def _check(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """What is public about one run.
+    """
+    What is public about one run.
 
     Attributes:
         num_examples: N.
@@ -130,7 +133,8 @@ def epsilon(
     neighbours: Neighbours = "add_remove",
     accountant: Literal["pld", "rdp"] = "pld",
 ) -> float:
-    """ε(δ) of T Poisson-subsampled Gaussians.
+    """
+    ε(δ) of T Poisson-subsampled Gaussians.
 
     Returns:
         An upper bound on ε, inf at σ = 0.
@@ -167,13 +171,15 @@ def noise_multiplier(
     neighbours: Neighbours = "add_remove",
     tolerance: float = 1e-3,
 ) -> float:
-    """The smallest σ, to ``tolerance``, with ε(σ) ≤ ``target_epsilon``, by bisection.
+    """
+    The smallest σ, to ``tolerance``, with ε(σ) ≤ ``target_epsilon``, by Brent's method.
 
     Raises:
         ValueError: no σ up to 10⁴ reaches it.
     """
     _check(epsilon=target_epsilon, sample_rate=sample_rate, steps=steps, delta=delta)
 
+    @functools.cache
     def spent(sigma: float) -> float:
         return epsilon(
             sample_rate=sample_rate,
@@ -183,18 +189,23 @@ def noise_multiplier(
             neighbours=neighbours,
         )
 
-    low, high = 0.0, 1.0
-    while spent(high) > target_epsilon:
-        low, high = high, 2 * high
+    def excess(sigma: float) -> float:
+        return math.log(spent(sigma) / target_epsilon)
+
+    high = 1.0
+    while excess(high) > 0:
+        high *= 2
         if high > 1e4:
             raise ValueError(
                 f"epsilon={target_epsilon} is out of reach at sample_rate={sample_rate}, "
                 f"steps={steps}, delta={delta}: take fewer steps, a smaller rate or a larger epsilon"
             )
-    while high - low > tolerance:
-        middle = (low + high) / 2
-        if middle < 0.2 or spent(middle) > target_epsilon:
-            low = middle
-        else:
-            high = middle
-    return high
+    low = high / 2
+    while excess(low) <= 0:
+        low, high = low / 2, low
+        if low < 0.2:  # such an ε is no protection, and the accountant takes minutes there
+            return high
+    from scipy.optimize import brentq
+
+    # The root is known to within half the tolerance; adding that half keeps ε on the safe side.
+    return float(brentq(excess, low, high, xtol=tolerance / 2)) + tolerance / 2

@@ -1,4 +1,5 @@
-"""The oracle: one DP-SGD update in NumPy float64, given one example's gradient at a time.
+"""
+The oracle: one DP-SGD update in NumPy float64, given one example's gradient at a time.
 
     g = (1/L) · ( Σ_{i∈B} g_i · min(1, C/‖g_i‖₂) + N(0, σ²C² I) )
 
@@ -18,7 +19,9 @@ Gradient = Mapping[str, np.ndarray]
 def norm(gradient: Gradient) -> float:
     """L2 norm over all parameters of one example's ``gradient``, {name: array}."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradient.values())))
+        return float(
+            np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradient.values()))
+        )
 
 
 def clip_factor(length: float, clip_norm: float) -> float:

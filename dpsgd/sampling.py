@@ -1,4 +1,5 @@
-"""Exact Poisson subsampling in O(qN), cut into padded physical batches of one static shape.
+"""
+Exact Poisson subsampling in O(qN), cut into padded physical batches of one static shape.
 
 A Poisson draw is its size, B ~ Binomial(N, q), then a uniform subset of that size. A logical batch
 is cut into ceil(B/P) physical batches; overflow opens another one and nothing is ever truncated,
@@ -26,7 +27,8 @@ class PhysicalBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LogicalBatch:
-    """One Poisson draw: ``indices`` int64 [B]; iterating gives its physical batches, none if empty.
+    """
+    One Poisson draw: ``indices`` int64 [B]; iterating gives its physical batches, none if empty.
 
     With ``padded`` False the last physical batch is as short as the draw makes it.
     """
@@ -69,7 +71,8 @@ def poisson_batches(
     seed: int | np.random.SeedSequence | None = None,
     padded: bool = True,
 ) -> Iterator[LogicalBatch]:
-    """``steps`` independent logical batches.
+    """
+    ``steps`` independent logical batches.
 
     Args:
         num_examples: N ≥ 1.

@@ -1,0 +1,157 @@
+"""
+What every torch method shares: checks, precision, one flat sum, noise once, the optimizer.
+
+The sum of a logical batch lives in one flat buffer with a view per parameter, so that noise is one
+in-place draw and clearing is one call.
+"""
+
+import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def check_model(model: nn.Module) -> None:
+    """
+    Refuse what cannot be clipped per example.
+
+    Raises:
+        ValueError: a BatchNorm layer, named, or no trainable parameter.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"layer {name!r} is a {type(module).__name__}, which mixes examples, so no "
+                "per-example gradient exists: replace it by GroupNorm"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model has no trainable parameter: set requires_grad on some")
+
+
+def unique_graphs() -> int:
+    """Graphs that torch.compile has built in this process (the one use of a private counter)."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def select_rows(mask: torch.Tensor, tree: Any) -> Any:
+    """Zero the masked rows of every tensor of ``tree`` by select, so that a NaN there is gone."""
+    return tree_map(
+        lambda t: torch.where(mask.view(-1, *[1] * (t.ndim - 1)), t, torch.zeros_like(t)), tree
+    )
+
+
+class TorchStep:
+    """
+    Base of the torch steps; a method adds its sums to ``self.views`` in ``accumulate``.
+
+    Raises:
+        ValueError: BatchNorm, no trainable parameter, mixed dtypes or an unknown precision.
+    """
+
+    private = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        privacy: Any,
+        *,
+        loss: Callable[..., torch.Tensor],
+        physical_batch_size: int,
+        precision: str = "fp32",
+        compile: bool = False,
+        memory_budget_bytes: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        check_model(model)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+        if physical_batch_size < 1:
+            raise ValueError(f"physical_batch_size is {physical_batch_size}; it must be at least 1")
+        self.model, self.optimizer, self.privacy, self.loss = model, optimizer, privacy, loss
+        self.physical_batch_size, self.precision, self.compile = (
+            physical_batch_size,
+            precision,
+            compile,
+        )
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.names = [n for n, _ in named]
+        self.params = [p for _, p in named]
+        if len({(p.dtype, p.device) for p in self.params}) > 1:
+            raise ValueError("trainable parameters must share one dtype and one device")
+        first = self.params[0]
+        self.device = first.device
+        sizes = [p.numel() for p in self.params]
+        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=self.device)
+        self.views = [
+            v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params, strict=True)
+        ]
+        self.generator = torch.Generator(self.device)
+        self.generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+    def compiled(self, function: Callable) -> Callable:
+        """``function``, through torch.compile where asked for; a graph break is an error."""
+        return torch.compile(function, fullgraph=True, dynamic=False) if self.compile else function
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 autocast where the precision asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
+        """NumPy arrays to tensors on the model's device."""
+        return tree_map(lambda a: torch.as_tensor(a).to(self.device), (inputs, targets, mask))
+
+    def accumulate(self, inputs: Any, targets: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the clipped gradients of the unmasked examples."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Noise once, divide by L, the optimizer, clear."""
+        std = self.privacy.noise_multiplier * self.privacy.clip_norm
+        if self.private and std > 0:
+            noise = torch.empty_like(self.flat).normal_(generator=self.generator)
+            self.flat.add_(noise, alpha=std)
+        self.flat.div_(self.privacy.expected_batch_size)
+        for p, view in zip(self.params, self.views, strict=True):
+            p.grad = view
+        self.optimizer.step()
+        self.flat.zero_()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def clipped_sum(self, inputs: Any, targets: Any, mask: Any) -> dict[str, np.ndarray]:
+        """Clipped sum of one physical batch, {name: array}; the running sum is left as it was."""
+        saved = self.flat.clone()
+        self.flat.zero_()
+        self.accumulate(inputs, targets, mask)
+        result = self._numpy(self.views)
+        self.flat.copy_(saved)
+        return result
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Trainable parameters now, {name: array}."""
+        return self._numpy(self.params)
+
+    def compiles(self) -> int:
+        """Graphs built so far; 0 in eager mode."""
+        return unique_graphs() if self.compile else 0
+
+    def _numpy(self, tensors: list) -> dict[str, np.ndarray]:
+        return {
+            n: t.detach().cpu().numpy().copy() for n, t in zip(self.names, tensors, strict=True)
+        }
