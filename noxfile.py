@@ -1,4 +1,4 @@
-"""Sessions: `nox -l` lists them. Each makes its own environment; `nox --no-venv` uses a ready one."""
+"""Sessions: `nox -l` lists them. Each makes its environment; `nox --no-venv` uses a ready one."""
 
 import os
 

@@ -1,8 +1,8 @@
 """
 The registry: one row per method, imported only when it is built.
 
-A method is one file under ``dpsgd/<framework>/methods/`` and one row here. Tests and benchmarks read
-this table, so a new method needs nothing else.
+A method is one file under ``dpsgd/<framework>/methods/`` and one row here. Tests and benchmarks
+read this table, so a new method needs nothing else.
 """
 
 import difflib
@@ -22,7 +22,7 @@ class Step(Protocol):
     """
 
     def put(self, inputs: Any, targets: Any, mask: Any) -> tuple[Any, Any, Any]:
-        """Move NumPy ``inputs`` [P, ...] (images NCHW), ``targets`` [P], ``mask`` [P] to the device."""
+        """Move NumPy ``inputs`` [P, ...] (images NCHW), ``targets``, ``mask`` to the device."""
 
     def accumulate(self, inputs: Any, targets: Any, mask: Any) -> None:
         """Add the clipped gradients of the unmasked examples; leading axis P, ``mask`` [P] bool."""
@@ -83,10 +83,10 @@ class Method:
 
         Args:
             model: ``torch.nn.Module`` or ``flax.nnx.Module``.
-            optimizer: ``torch.optim.Optimizer`` over the model, or an optax ``GradientTransformation``.
+            optimizer: a ``torch.optim.Optimizer`` or an optax ``GradientTransformation``.
             privacy: a :class:`dpsgd.PrivacyConfig`.
             **options: ``loss(model, inputs, targets) -> [P]``, ``physical_batch_size``,
-                ``precision`` ("fp32", "tf32", "bf16"), ``compile``, ``memory_budget_bytes``, ``seed``.
+                ``precision`` (fp32, tf32, bf16), ``compile``, ``memory_budget_bytes``, ``seed``.
 
         Raises:
             ModuleNotFoundError: a package of this row is not installed.
@@ -172,7 +172,7 @@ METHODS: dict[str, Method] = {
             baseline="jax-sgd",
             source="optax.per_example_global_norm_clip",
             requires=("optax",),
-            deviations=("a non-finite example gradient gets a NaN clip factor",),
+            deviations=("a NaN example gradient gets factor 1 and spreads to the whole sum",),
             ours=False,
         ),
         Method(

@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import math
 import re
+import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -91,13 +93,27 @@ def get(name: str) -> ModelSpec:
     return spec.replace(name=name, **overrides)
 
 
-def initial_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def initial_weights(
+    shapes: dict[str, tuple[int, ...]], *, seed: int, checkpoint: str | Path | None = None
+) -> dict[str, np.ndarray]:
     """
-    The initial float32 value of torch parameter ``name``; the same in both frameworks.
+    Float32 start values of a whole model, {torch parameter name: array}, from a seed or a folder.
 
-    1-D ``weight`` (norm scales) 1, ``bias`` 0, convolutions outside of a patch embedding and the
-    CNN's linear uniform ±1/√fan_in (torch's default), everything else a truncated N(0, 0.02²) (ViT's).
+    Args:
+        shapes: {torch parameter name: torch shape}.
+        seed: of the values that no checkpoint gives.
+        checkpoint: a folder with ``*.safetensors`` in Hugging Face's names, of any age.
+
+    Raises:
+        ValueError: the folder does not fit; the message names the parameter.
     """
+    values = {name: _initial(name, shape, seed) for name, shape in shapes.items()}
+    return values if checkpoint is None else values | _checkpoint(checkpoint, shapes)
+
+
+def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    # 1-D weights (norm scales) 1, biases 0, the CNN's layers uniform ±1/√fan_in (torch's default),
+    # everything else a truncated N(0, 0.02²) (ViT's).
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "bias":
         return np.zeros(shape, np.float32)
@@ -107,5 +123,48 @@ def initial_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if name.startswith(("conv", "linear")):
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         return rng.uniform(-bound, bound, shape).astype(np.float32)
-    normal = rng.standard_normal(shape, np.float32)
-    return np.float32(0.02) * np.clip(normal, -2, 2)
+    return np.float32(0.02) * np.clip(rng.standard_normal(shape, np.float32), -2, 2)
+
+
+# Hugging Face's ViT names before transformers 5, which most published checkpoints still carry.
+_OLD_NAMES = (
+    ("encoder.layer.", "layers."),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
+
+
+def _checkpoint(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors file; give the checkpoint's folder")
+    found = {}
+    for file in files:
+        for name, value in load_file(file).items():
+            for old, new in _OLD_NAMES:
+                name = name.replace(old, new)
+            found[name] = value
+    chosen, kept = {}, []
+    for name, shape in shapes.items():
+        value = found.get(
+            name, found.get(name.removeprefix("vit."))
+        )  # a bare backbone has no prefix
+        if value is not None and value.shape == tuple(shape):
+            chosen[name] = value.astype(np.float32)
+        elif name.startswith(("classifier.", "linear.")):
+            kept.append(name)
+        else:
+            has = "has none" if value is None else f"has shape {value.shape}"
+            raise ValueError(f"{folder}: {name} needs shape {tuple(shape)}; the checkpoint {has}")
+    if kept:
+        warnings.warn(
+            f"{', '.join(kept)} keep their initial values: {folder} has none of their shape",
+            stacklevel=4,
+        )
+    return chosen

@@ -198,7 +198,7 @@ def noise_multiplier(
         if high > 1e4:
             raise ValueError(
                 f"epsilon={target_epsilon} is out of reach at sample_rate={sample_rate}, "
-                f"steps={steps}, delta={delta}: take fewer steps, a smaller rate or a larger epsilon"
+                f"steps={steps}, delta={delta}: lower the steps or the rate, or raise epsilon"
             )
     low = high / 2
     while excess(low) <= 0:

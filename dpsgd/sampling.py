@@ -5,9 +5,10 @@ A Poisson draw is its size, B ~ Binomial(N, q), then a uniform subset of that si
 is cut into ceil(B/P) physical batches; overflow opens another one and nothing is ever truncated,
 since truncation costs privacy.
 
-Guarantees: every example is in a draw independently with probability q (a float64, not rounded to a
-2⁻²⁴ grid). Draws come from NumPy's PCG64 seeded by the operating system; PCG64 is not cryptographic,
-so an adversary who could observe its state is outside the guarantee. The seed is a secret.
+Guarantees: every example is in a draw independently with probability q (a float64, not rounded to
+a 2⁻²⁴ grid). Draws come from NumPy's PCG64 seeded by the operating system; PCG64 is not
+cryptographic, so an adversary who could observe its state is outside the guarantee. The seed is a
+secret.
 """
 
 import math

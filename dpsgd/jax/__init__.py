@@ -1,1 +1,1 @@
-"""The jax implementations."""
+"""The JAX side: flax.nnx models, the step, one file per method."""

@@ -1,6 +1,5 @@
-"""The torch models, their loss, optimizers and predictions; seeded weights or a local checkpoint."""
+"""The torch models, their loss, optimizers and predictions."""
 
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dpsgd.models import ModelSpec, initial_weight
+from dpsgd.models import ModelSpec, initial_weights
 
 
 def _cnn(spec: ModelSpec) -> nn.Module:
@@ -63,43 +62,12 @@ def build(
         ValueError: the checkpoint does not fit the model; the message names the parameter.
     """
     model = {"cnn": _cnn, "vit": _vit}[spec.family](spec)
-    values = {name: initial_weight(name, tuple(p.shape), seed) for name, p in _parameters(model)}
-    if weights is not None:
-        values |= checkpoint(weights, {name: v.shape for name, v in values.items()})
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    values = initial_weights(shapes, seed=seed, checkpoint=weights)
     with torch.no_grad():
-        for name, p in _parameters(model):
+        for name, p in model.named_parameters():
             p.copy_(torch.from_numpy(values[name]))
     return model.train().to(device)
-
-
-def _parameters(model: nn.Module):
-    return model.named_parameters()
-
-
-def checkpoint(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """
-    The parameters of a local checkpoint; a head of another shape keeps its initial value.
-
-    Raises:
-        ValueError: the folder holds no safetensors file, or a parameter is absent or of another shape.
-    """
-    from safetensors.numpy import load_file
-
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no *.safetensors file; give the checkpoint's folder")
-    found = {name: value for file in files for name, value in load_file(file).items()}
-    chosen = {}
-    for name, shape in shapes.items():
-        value = found.get(name)
-        if value is not None and value.shape == tuple(shape):
-            chosen[name] = value.astype(np.float32)
-        elif name.startswith(("classifier.", "linear.")):
-            warnings.warn(f"{name} keeps its initial value: the checkpoint has none", stacklevel=3)
-        else:
-            has = "none" if value is None else f"shape {value.shape}"
-            raise ValueError(f"{folder}: {name} needs shape {tuple(shape)}, it has {has}")
-    return chosen
 
 
 def cross_entropy(model, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -118,7 +86,7 @@ def optimizer(model: nn.Module, name: str, learning_rate: float) -> torch.optim.
 
 @torch.no_grad()
 def predict(step, inputs: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Predicted classes, int64 [n], of NumPy ``inputs`` [n, ...] by the model that ``step`` trains."""
+    """Predicted classes, int64 [n], of NumPy ``inputs`` [n, ...] by the model in ``step``."""
     device = next(step.model.parameters()).device
     step.model.eval()
     chunks = []

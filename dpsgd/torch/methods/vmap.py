@@ -6,6 +6,7 @@ s = Σ_p c_p g_p,   c_p = min(1, C/‖g_p‖)    g: [P, ...] per parameter, c: [
 
 import torch
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from dpsgd.torch.step import TorchStep, select_rows
@@ -56,5 +57,6 @@ class Vmap(TorchStep):
 
     def _run(self, inputs, targets, mask):
         params = {n: p.detach() for n, p in zip(self.names, self.params, strict=True)}
-        with torch.no_grad():
+        # The fused attention kernels have no batching rule: vmap would run them one by one.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             return self._sum_and_norms(params, inputs, targets, mask)

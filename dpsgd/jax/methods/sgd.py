@@ -1,0 +1,23 @@
+"""
+Plain SGD: the baseline every JAX method is compared with. No clipping, no noise.
+
+g = (1/L) · Σ_{i∈B} g_i
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dpsgd.jax.step import JaxStep, select_rows
+
+
+class SGD(JaxStep):
+    """One jitted gradient of the masked, summed loss per physical batch."""
+
+    private = False
+
+    def _sum_and_norms(self, params, inputs, targets, mask):
+        def total(params):
+            losses = self.objective(params, select_rows(mask, inputs), targets)
+            return jnp.where(mask, losses, 0).sum()
+
+        return jax.grad(total)(params), None

@@ -1,0 +1,194 @@
+"""
+What every JAX method shares: checks, precision, a donated sum, noise once, the optimizer.
+
+A method gives ``_sum_and_norms(params, inputs, targets, mask)``. It is compiled once per shape, in
+``accumulate``, whose running sum is donated, so that it is updated in place.
+"""
+
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from dpsgd.jax import weights
+
+MATMUL_PRECISION = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
+_COMPILES: Counter[str] = Counter()
+
+
+def _listen(event: str, seconds: float, **details: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILES[str(details.get("fun_name"))] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def check_model(model: nnx.Module) -> None:
+    """
+    Refuse what cannot be clipped per example.
+
+    Raises:
+        ValueError: a BatchNorm layer, named, or no trainable parameter.
+    """
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.BatchNorm):
+            raise ValueError(
+                f"layer {'.'.join(map(str, path))!r} is a BatchNorm, which mixes examples, so no "
+                "per-example gradient exists: replace it by GroupNorm"
+            )
+    if not jax.tree.leaves(nnx.state(model, nnx.Param)):
+        raise ValueError("the model has no trainable parameter: make some an nnx.Param")
+
+
+def select_rows(mask: jax.Array, tree: Any) -> Any:
+    """Zero the masked rows of every array of ``tree`` by select, so that a NaN there is gone."""
+    return jax.tree.map(
+        lambda a: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, jnp.zeros_like(a)), tree
+    )
+
+
+class JaxStep:
+    """
+    Base of the JAX steps. ``compile`` is accepted and ignored: JAX always compiles.
+
+    Raises:
+        ValueError: BatchNorm, no trainable parameter or an unknown precision.
+    """
+
+    private = True
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        optimizer: optax.GradientTransformation,
+        privacy: Any,
+        *,
+        loss: Callable[..., jax.Array],
+        physical_batch_size: int,
+        precision: str = "fp32",
+        compile: bool = True,
+        memory_budget_bytes: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        check_model(model)
+        if precision not in MATMUL_PRECISION:
+            names = ", ".join(MATMUL_PRECISION)
+            raise ValueError(f"precision is {precision!r}; use one of {names}")
+        if physical_batch_size < 1:
+            raise ValueError(f"physical_batch_size is {physical_batch_size}; it must be at least 1")
+        self.privacy, self.loss, self.precision = privacy, loss, precision
+        self.physical_batch_size, self.optimizer = physical_batch_size, optimizer
+        self._graph, params, self._rest = nnx.split(model, nnx.Param, ...)
+        self.device = next(iter(jax.tree.leaves(params)[0].devices()))
+        # The step donates its buffers, so it needs its own; committed, or the first call retraces.
+        self.params = jax.tree.map(lambda a: jax.device_put(a.copy(), self.device), params)
+        self.opt_state = jax.device_put(optimizer.init(self.params), self.device)
+        self.total = self._zeros()
+        data = secrets.token_bytes(16) if seed is None else np.random.default_rng(seed).bytes(16)
+        # rbg: one hardware-friendly stream per key, several times faster than threefry.
+        key = jax.random.wrap_key_data(np.frombuffer(data, np.uint32), impl="rbg")
+        self._key = jax.device_put(key, self.device)
+        self._names = [f"{type(self).__name__}_{part}" for part in ("accumulate", "update")]
+        self._accumulate = self._jit(self._accumulated, self._names[0], donate_argnums=1)
+        self._update = self._jit(self._updated, self._names[1], donate_argnums=(0, 1, 2, 3))
+        self._norms = self._jit(lambda *args: self._sum_and_norms(*args)[1], "norms")
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model with the parameters as they are now."""
+        return nnx.merge(self._graph, jax.tree.map(jnp.copy, self.params), self._rest)
+
+    def objective(self, params: nnx.State, inputs: Any, targets: jax.Array) -> jax.Array:
+        """Per-example losses [P] as a function of the parameters."""
+        if self.precision == "bf16":
+            params, inputs = jax.tree.map(
+                lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, (params, inputs)
+            )
+        return self.loss(nnx.merge(self._graph, params, self._rest), inputs, targets)
+
+    def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
+        """NumPy arrays to the model's device: images NCHW to NHWC, int64 to int32."""
+
+        def place(array):
+            array = np.asarray(array)
+            if array.ndim == 4:
+                array = array.transpose(0, 2, 3, 1)
+            if array.dtype == np.int64:
+                array = array.astype(np.int32)
+            return jax.device_put(array, self.device)
+
+        return jax.tree.map(place, (inputs, targets, mask))
+
+    def accumulate(self, inputs: Any, targets: jax.Array, mask: jax.Array) -> None:
+        """Add the clipped gradients of the unmasked examples."""
+        self.total = self._accumulate(self.params, self.total, inputs, targets, mask)
+
+    def update(self) -> None:
+        """Noise once, divide by L, the optimizer, clear."""
+        self.params, self.opt_state, self.total, self._key = self._update(
+            self.params, self.opt_state, self.total, self._key
+        )
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        jax.block_until_ready((self.params, self.total))
+
+    def clipped_sum(self, inputs: Any, targets: Any, mask: Any) -> dict[str, np.ndarray]:
+        """Clipped sum of one physical batch, {name: array}; the running sum is left as it was."""
+        saved, self.total = self.total, self._zeros()
+        self.accumulate(inputs, targets, mask)
+        result, self.total = weights.dump(self.total), saved
+        return result
+
+    def norms(self, inputs: Any, targets: Any, mask: Any) -> np.ndarray:
+        """Per-example gradient norms [P]; masked rows are 0."""
+        return np.asarray(self._norms(self.params, inputs, targets, mask))
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Trainable parameters now, {name: array}."""
+        return weights.dump(self.params)
+
+    def compiles(self) -> int:
+        """How often this process has compiled this method's accumulate and update."""
+        return sum(n for name, n in _COMPILES.items() if any(own in name for own in self._names))
+
+    def _sum_and_norms(self, params, inputs, targets, mask):
+        raise NotImplementedError
+
+    def _accumulated(self, params, total, inputs, targets, mask):
+        return jax.tree.map(jnp.add, total, self._sum_and_norms(params, inputs, targets, mask)[0])
+
+    def _updated(self, params, opt_state, total, key):
+        key, own = jax.random.split(key)
+        std = self.privacy.noise_multiplier * self.privacy.clip_norm
+        if self.private and std > 0:
+            leaves, tree = jax.tree.flatten(total)
+            keys = jax.random.split(own, len(leaves))
+            noisy = [
+                leaf + std * jax.random.normal(k, leaf.shape, leaf.dtype)
+                for leaf, k in zip(leaves, keys, strict=True)
+            ]
+            total = jax.tree.unflatten(tree, noisy)
+        gradient = jax.tree.map(lambda g: g / self.privacy.expected_batch_size, total)
+        updates, opt_state = self.optimizer.update(gradient, opt_state, params)
+        cleared = jax.tree.map(jnp.zeros_like, total)
+        return optax.apply_updates(params, updates), opt_state, cleared, key
+
+    def _zeros(self) -> nnx.State:
+        return jax.tree.map(lambda a: jax.device_put(jnp.zeros_like(a), self.device), self.params)
+
+    def _jit(self, function: Callable, name: str, **options: Any) -> Callable:
+        def traced(*args):
+            with jax.default_matmul_precision(MATMUL_PRECISION[self.precision]):
+                return function(*args)
+
+        traced.__name__ = traced.__qualname__ = name
+        return jax.jit(traced, **options)
