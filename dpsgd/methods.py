@@ -144,6 +144,7 @@ METHODS: dict[str, Method] = {
             target="dpsgd.torch.methods.vmap:Vmap",
             baseline="torch-sgd",
             source="torch.func vmap(grad)",
+            accepts_ragged=True,
         ),
         Method(
             name="jax-sgd",

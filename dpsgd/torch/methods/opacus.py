@@ -24,6 +24,8 @@ class Opacus(TorchStep):
 
     def __init__(self, model, optimizer, privacy, **options) -> None:
         super().__init__(model, optimizer, privacy, **options)
+        if self.compile:
+            raise ValueError("every Opacus hook breaks torch.compile's graph: run it eager")
         self.module = self.wrapper(model, loss_reduction="sum", **self._wrapper_options())
         self.dp_optimizer = self.wrapped_optimizer(
             optimizer,

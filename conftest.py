@@ -1,0 +1,17 @@
+"""Options of the benchmarks, registered here so that `pytest perf` and `pytest tests` both start."""
+
+
+def pytest_addoption(parser):
+    """Options of `python -m pytest perf`, and of the perf sessions of nox after `--`."""
+    group = parser.getgroup("perf", "DP-SGD benchmarks")
+    group.addoption("--profile", default=None, help="smoke, quick (default), full, gpu")
+    group.addoption("--methods", default=None, help="comma-separated; default: all registered")
+    group.addoption(
+        "--models", default=None, help="comma-separated, overrides too: vit-b16-4blocks"
+    )
+    group.addoption("--precision", default=None, help="comma-separated: fp32, tf32, bf16")
+    group.addoption("--compile", default=None, help="torch mode: eager, compiled or both")
+    group.addoption("--rounds", type=int, default=9, help="timed rounds of each case")
+    group.addoption("--device", default="auto", help="auto, cpu or cuda")
+    group.addoption("--save-baseline", action="store_true", help="save as the profile's baseline")
+    group.addoption("--framework", default=None, help="torch or jax: one, in this process")

@@ -1,0 +1,136 @@
+"""
+The very step that is timed is checked first: a wrong method fails; it does not win.
+
+The reference takes one example at a time through plain autograd of the same framework, in the
+precision fp32; the tolerance is relative to the length of the reference sum.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from dpsgd import reference
+
+REAL = 3  # rows of the checked batch; the rest is padding
+# fp32: float32 rounding; tf32 and bf16 have 10 and 7 bits of mantissa, through some 50 layers.
+TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}
+_CACHE: dict[Any, dict[str, np.ndarray]] = {}
+
+
+class Reference:
+    """What the clipped sum of the first rows has to be; computed once per model and clip norm."""
+
+    def __init__(self, case, model, loss, prepared) -> None:
+        self.case, self.privacy = case, prepared.privacy
+        rows = min(REAL, case.physical_batch)
+        self.mask = np.arange(case.physical_batch) < rows
+        self.inputs, self.targets = prepared.inputs[0].copy(), prepared.targets[0]
+        clip_norm = self.privacy.clip_norm if case.row.private else np.inf
+        key = (case.row.framework, case.model, case.physical_batch, clip_norm)
+        if key not in _CACHE:
+            gradients = _gradients(case.row.framework)(
+                model, loss, self.inputs[:rows], self.targets[:rows]
+            )
+            _CACHE.clear() if len(_CACHE) > 1 else None
+            _CACHE[key] = reference.clipped_sum(gradients, [True] * rows, clip_norm)
+        self.want = _CACHE[key]
+        if case.row.ours:
+            self.inputs[~self.mask] = np.nan
+
+    def problem(self, step) -> str:
+        """What is wrong with ``step``, in words; empty if nothing is."""
+        placed = step.put(self.inputs, self.targets, self.mask)
+        got = step.clipped_sum(*placed)
+        if got.keys() != self.want.keys():
+            return f"parameters left out: {sorted(self.want.keys() ^ got.keys())}"
+        scale = _length(self.want)
+        off = _length({n: got[n] - self.want[n] for n in got}) / scale
+        if not off <= TOLERANCE[self.case.precision]:
+            return f"the clipped sum is {off:.2g} of its length away from the reference"
+        return self._noise_problem(step, placed, got) if self.case.row.private else ""
+
+    def _noise_problem(self, step, placed, got) -> str:
+        def two_batches():
+            step.accumulate(*placed)
+            step.accumulate(*placed)
+            step.update()
+
+        direction = _direction(self.case.row.framework)(step, two_batches)
+        size = self.privacy.expected_batch_size
+        noise = np.concatenate([(direction[n] * size - 2 * got[n]).ravel() for n in got])
+        want = self.privacy.noise_multiplier * self.privacy.clip_norm
+        bound = 5 / np.sqrt(2 * noise.size)  # five standard errors of a Gaussian's std
+        off = np.sqrt(np.mean(np.square(noise, dtype=np.float64))) / want - 1
+        # A bf16 sum is not the same twice at this resolution; its error adds to the noise.
+        bound += 1e-3 + (TOLERANCE[self.case.precision] if self.case.precision != "fp32" else 0)
+        return "" if abs(off) < bound else f"the noise std is off by {off:+.2%} (±{bound:.2%})"
+
+
+def _length(tree: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(v, dtype=np.float64)) for v in tree.values())))
+
+
+@cache
+def _gradients(framework: str):
+    return {"torch": _torch_gradients, "jax": _jax_gradients}[framework]
+
+
+@cache
+def _direction(framework: str):
+    return {"torch": _torch_direction, "jax": _jax_direction}[framework]
+
+
+def _torch_gradients(model, loss, inputs, targets):
+    import torch
+
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(named.values())).device
+    for x, y in zip(inputs, targets, strict=True):
+        x, y = (torch.as_tensor(a)[None].to(device) for a in (x, y))
+        found = torch.autograd.grad(loss(model, x, y)[0], list(named.values()))
+        yield {n: g.cpu().numpy() for n, g in zip(named, found, strict=True)}
+
+
+def _torch_direction(step, run) -> dict[str, np.ndarray]:
+    captured: dict[str, np.ndarray] = {}
+
+    def capture(*_):
+        for name, p in zip(step.names, step.params, strict=True):
+            captured[name] = p.grad.detach().cpu().numpy().copy()
+
+    handle = step.optimizer.register_step_pre_hook(capture)
+    run()
+    handle.remove()
+    return captured
+
+
+def _jax_gradients(model, loss, inputs, targets):
+    import jax
+    from flax import nnx
+
+    from dpsgd.jax import weights
+
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def gradient(params, x, y):
+        with jax.default_matmul_precision("highest"):
+            return jax.grad(lambda p: loss(nnx.merge(graph, p, rest), x, y)[0])(params)
+
+    for x, y in zip(inputs, targets, strict=True):
+        x = x.transpose(1, 2, 0) if x.ndim == 3 else x
+        yield weights.dump(gradient(params, x[None], np.asarray(y, np.int32)[None]))
+
+
+def _jax_direction(step, run) -> dict[str, np.ndarray]:
+    # Adam's first moment is b1·m + (1-b1)·g, so two of its values give g back.
+    import jax
+
+    from dpsgd.jax import weights
+
+    decay = 0.9
+    before = jax.tree.map(np.array, step.opt_state[0].mu)
+    run()
+    after = jax.tree.map(np.array, step.opt_state[0].mu)
+    return weights.dump(jax.tree.map(lambda a, b: (a - decay * b) / (1 - decay), after, before))

@@ -1,0 +1,100 @@
+"""
+Peak memory of one logical step of one method alone: ``python -m perf.memory CASE [CASE …]``.
+
+Each case runs in a process of its own, forked before the framework starts a thread or touches the
+device, so that imports are paid once. CUDA: the allocator's peak. CPU: VmHWM during the step, minus
+the resident size before the model is built; where there is no /proc, the process' peak so far.
+Prints one JSON object a line.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from perf.profiles import Case
+
+_STATUS = Path("/proc/self/status")
+
+
+def _resident(field: str) -> int:
+    if _STATUS.exists():
+        return int(re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _reset_peak() -> None:
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def peak(case: Case, device: str) -> dict:
+    """{"peak_bytes", "memory_source"} of one step, after one that has warmed up."""
+    from perf import device as devices
+    from perf.protocol import Prepared
+
+    devices.require(case.row.framework, device)
+    before = _resident("VmRSS")
+    prepared = Prepared(case, device, ragged=case.ragged, checked=False)
+    prepared.run(0)
+    if device == "cuda" and case.row.framework == "torch":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        prepared.run(0)
+        return {"peak_bytes": torch.cuda.max_memory_allocated(), "memory_source": "allocator"}
+    if device == "cuda":
+        import jax
+
+        found = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        return {"peak_bytes": found, "memory_source": "allocator"}
+    _reset_peak()
+    prepared.run(0)
+    return {"peak_bytes": _resident("VmHWM") - before, "memory_source": "rss"}
+
+
+def _forked(case: Case, device: str) -> None:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            found = peak(case, device)
+        except BaseException as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"case": case.id} | found), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def measure(case_ids: list[str], device: str) -> dict[str, dict]:
+    """{case id: what :func:`peak` found}, from processes of their own; one framework a call."""
+    command = [sys.executable, "-W", "ignore", "-m", "perf.memory", "--device", device, *case_ids]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(b"{")]
+    return {entry.pop("case"): entry for entry in found}
+
+
+def main() -> None:
+    """Print the peak of each case."""
+    parser = argparse.ArgumentParser(prog="perf.memory", description=__doc__)
+    parser.add_argument("cases", nargs="+", metavar="CASE")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    args = parser.parse_args()
+    cases = [Case.parse(name) for name in args.cases]
+    for framework in {case.row.framework for case in cases}:
+        importlib.import_module(f"dpsgd.{framework}.models")
+        if framework == "torch" and any(not c.model.endswith("cnn") for c in cases):
+            importlib.import_module("transformers.models.vit.modeling_vit")
+    for case in cases:
+        _forked(case, args.device)
+
+
+if __name__ == "__main__":
+    main()
