@@ -1,4 +1,4 @@
-"""Options of the benchmarks, registered here so that `pytest perf` and `pytest tests` both start."""
+"""Options of the benchmarks, registered here so that pytest knows them wherever it starts."""
 
 
 def pytest_addoption(parser):

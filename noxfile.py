@@ -1,6 +1,9 @@
 """Sessions: `nox -l` lists them. Each makes its environment; `nox --no-venv` uses a ready one."""
 
 import os
+import pathlib
+import shutil
+import subprocess
 
 import nox
 
@@ -8,31 +11,74 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "tests"]
 
-TORCH = os.environ.get("TORCH_SPEC", "torch==2.13.0")
-JAX = f"jax[{os.environ['JAX_EXTRA']}]==0.10.2" if "JAX_EXTRA" in os.environ else "jax==0.10.2"
-TESTED = ("flax==0.12.8", "optax==0.2.8", "opacus==1.6.0")
+PARTS = pathlib.Path(".benchmarks/parts")
+EVERYTHING = ("torch", "jax", "peers-torch", "peers-jax")
 
 
-def install(session: nox.Session, extras: str) -> None:
+def install(session: nox.Session, *extras: str) -> None:
     """Install torch first and by itself, so that its index and its exact build can be chosen."""
     if session.venv_backend == "none":
         return
-    index = os.environ.get("TORCH_INDEX_URL")
-    session.install(TORCH, *(["--index-url", index] if index else []), silent=True)
-    session.install("-e", f".[{extras}]", TORCH, JAX, *TESTED, silent=True)
+    pins = []
+    if "torch" in extras:
+        pins += [os.environ.get("TORCH_SPEC", "torch==2.13.0")]
+        index = os.environ.get("TORCH_INDEX_URL")
+        session.install(*pins, *(["--index-url", index] if index else []), silent=True)
+        pins += ["opacus==1.6.0"]
+    if "jax" in extras:
+        extra = os.environ.get("JAX_EXTRA")
+        pins += [f"jax[{extra}]==0.10.2" if extra else "jax==0.10.2"]
+        pins += ["flax==0.12.8", "optax==0.2.8"]
+    session.install("-e", f".[{','.join(extras)}]", *pins, silent=True)
+
+
+@nox.session
+def perf_cpu(session: nox.Session) -> None:
+    """Measure every method on the CPU: one table, one saved run. `-- --profile full -k ghost`."""
+    install(session, *EVERYTHING, "perf")
+    session.run("python", "-m", "pytest", "perf", "--device=cpu", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("framework", ["torch", "jax"])
+def perf_gpu(session: nox.Session, framework: str) -> None:
+    """Measure every method on the GPU, torch then JAX, each in its own environment; one table."""
+    listed = shutil.which("nvidia-smi") and subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, check=False
+    )
+    if not listed or listed.returncode or not listed.stdout.strip():
+        session.error("no CUDA device: nvidia-smi lists none here. On a CPU: nox -s perf_cpu")
+    install(session, framework, f"peers-{framework}", "perf")
+    if framework == "torch":
+        shutil.rmtree(PARTS, ignore_errors=True)
+    PARTS.mkdir(parents=True, exist_ok=True)
+    options = [f"--framework={framework}", "--device=cuda", *session.posargs]
+    part = f"--benchmark-json={PARTS / framework}.json"
+    session.run("python", "-m", "pytest", "perf", part, *options, success_codes=[0, 5])
+    if framework == "jax":
+        parts = [str(p) for p in sorted(PARTS.glob("*.json"), reverse=True)]
+        baseline = [o for o in session.posargs if o == "--save-baseline"]
+        session.run("python", "-m", "perf.runner", *baseline, *parts)
+
+
+@nox.session
+def perf_compare(session: nox.Session) -> None:
+    """Compare the newest run with its baseline, or `-- BASE NEW`; 1 if slower, 2 if unjudgeable."""
+    install(session, "perf")
+    session.run("python", "-m", "perf.compare", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests (at most 10 minutes on 2 cores)."""
-    install(session, "torch,jax,peers-torch,peers-jax,test")
+    install(session, *EVERYTHING, "test")
     session.run("python", "-m", "pytest", "tests", "-m", "not slow", *session.posargs)
 
 
 @nox.session
 def tests_all(session: nox.Session) -> None:
     """Run all tests, the slow ones too (at most 25 minutes)."""
-    install(session, "torch,jax,peers-torch,peers-jax,test")
+    install(session, *EVERYTHING, "test")
     session.run("python", "-m", "pytest", "tests", *session.posargs)
 
 

@@ -11,8 +11,10 @@ import subprocess
 from pathlib import Path
 
 LIBRARIES = (
-    "torch transformers opacus jax jaxlib flax optax jax-privacy numpy pytest-benchmark triton"
-).split()
+    *("torch", "triton", "transformers", "opacus"),
+    *("jax", "jaxlib", "flax", "optax", "jax-privacy"),
+    *("numpy", "pytest-benchmark"),
+)
 
 
 def nvidia(query: str) -> list[str]:

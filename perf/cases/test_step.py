@@ -1,0 +1,5 @@
+"""One whole training step of every method."""
+
+
+def test_step(case, measure):
+    measure(case)

@@ -1,0 +1,236 @@
+"""
+How pytest drives the measurements.
+
+Without ``--framework`` this process only starts one child for each framework and merges what they
+saved; with it, it measures that framework's cases.
+"""
+
+import datetime
+import json
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dpsgd import METHODS
+from perf import device, memory, runner
+from perf.outcome import outcome
+from perf.profiles import cases
+from perf.protocol import SCHEMA, Bench, blank
+
+ROWS = pytest.StashKey[list]()
+
+
+def pytest_cmdline_main(config):
+    """Be the parent, unless this is a child, or nothing is to be run."""
+    options = config.option
+    if options.framework or options.collectonly or options.help or options.version:
+        return None
+    try:
+        return runner.run(options, list(config.invocation_params.args))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise pytest.UsageError(error.args[0]) from None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Third parties' warnings are not errors while measuring; the child reports its own way."""
+    config.addinivalue_line("filterwarnings", "ignore")
+    config.stash[ROWS] = []
+    framework = config.option.framework
+    if framework:
+        config.option.device = device.resolve(config.option.device)
+        try:
+            config.stash_wanted = runner.selected(config.option)
+            device.require(framework, config.option.device)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise pytest.UsageError(error.args[0]) from None
+        config.option.benchmark_quiet = True
+        config.clocks_before = device.clocks(config.option.device)
+
+
+def pytest_generate_tests(metafunc):
+    """One test for each case of the profile."""
+    if "case" in metafunc.fixturenames:
+        config = metafunc.config
+        wanted = cases(**runner.selected(config.option), framework=config.option.framework)
+        metafunc.parametrize("case", wanted, ids=[case.id for case in wanted])
+
+
+def pytest_collection_finish(session):
+    """Every collected case has a row from the start, so that none can vanish."""
+    config = session.config
+    for item in session.items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if case:
+            item.row = blank(case, runner.selected(config.option)["profile"])
+            item.row |= {"status": "interrupted", "reason": "not reached"}
+            config.stash[ROWS].append(item.row)
+
+
+@pytest.fixture(scope="session")
+def bench(request):
+    """One bench for the process; neighbouring cases share their SGD."""
+    return Bench(request.config.option.device, request.config.option.rounds)
+
+
+@pytest.fixture
+def measure(request, benchmark, bench):
+    """``measure(case)``: check the case, time it, fill its row; on an error the run goes on."""
+    row = request.node.row
+
+    def pedantic(target, **options):
+        benchmark.pedantic(target, iterations=1, **options)
+        return list(benchmark.stats.stats.data)
+
+    def run(case):
+        benchmark.extra_info = row
+        row.update(status="error", reason="")
+        try:
+            if missing := METHODS[case.method].missing():
+                raise ModuleNotFoundError(f"pip install {' '.join(missing)}")
+            bench.measure(case, pedantic, row)
+        except BaseException as error:
+            row["status"], row["reason"] = outcome(error)
+            if row["status"] in ("wrong", "error", "interrupted"):
+                raise
+            pytest.skip(f"{row['status']}: {row['reason']}")
+
+    return run
+
+
+def _line(row) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}"
+    if "draw_s" in row:
+        return f"{1e6 * row['draw_s']:,.0f} µs a draw"
+    slow = f", {row['slowdown']:.2f} × SGD" if "slowdown" in row else ""
+    return f"{row['examples_per_s']:,.0f} real ex/s{slow}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Progress: one line for each case, with its result."""
+    result = yield
+    report = result.get_result()
+    row = getattr(item, "row", None)
+    if report.when == "call" and row:
+        rows = item.config.stash[ROWS]
+        place = next(n for n, other in enumerate(rows, 1) if other is row)
+        report.progress = (
+            f"[{place}/{len(rows)}] {row['case']}: {_line(row)} ({call.duration:.0f} s)"
+        )
+
+
+def pytest_runtest_logreport(report):
+    """Print the progress line."""
+    if hasattr(report, "progress"):
+        print_line(report.progress)
+
+
+def print_line(text: str) -> None:
+    """One line to the real terminal, whatever is captured."""
+    if _REPORTER:
+        _REPORTER[0].ensure_newline()
+        _REPORTER[0].write_line(text)
+
+
+_REPORTER: list = []
+
+
+def pytest_sessionstart(session):
+    """Keep the terminal for the progress lines."""
+    session.config.started = time.time()
+    _REPORTER[:] = [session.config.pluginmanager.get_plugin("terminalreporter")]
+
+
+def pytest_report_teststatus(report):
+    """No dots: the progress line says more."""
+    if hasattr(report, "progress") or report.when != "call":
+        return (report.outcome if report.when == "call" else "", "", "")
+    return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session, exitstatus):
+    """Peak memory last, before the run is saved; not after Ctrl-C."""
+    _measure_memory(session, exitstatus)
+    with warnings.catch_warnings():  # that nothing was timed is said by the rows
+        warnings.simplefilter("ignore")
+        return (yield)
+
+
+def _measure_memory(session, exitstatus) -> None:
+    config = session.config
+    done = {
+        row["case"]: row
+        for row in config.stash[ROWS]
+        if row["status"] == "ok" and row.get("kind", "step") == "step"
+    }
+    if not done or exitstatus == 2:
+        return
+    print_line(f"peak memory of {len(done)} cases, each in a process of its own …")
+    for case_id, found in memory.measure(list(done), config.option.device).items():
+        if "error" in found:
+            done[case_id]["memory_source"] = found["error"]
+        else:
+            done[case_id] |= found
+
+
+def _extend(config, output: dict) -> None:
+    where = config.option.device
+    output["machine_info"] = output.get("machine_info", {}) | device.describe(where)
+    output["machine_info"]["clocks"] = [config.clocks_before, device.clocks(where)]
+    output["machine_info"]["precision_flags"] = (
+        "fp32 means IEEE float32 products in both frameworks"
+    )
+    output["rows"] = config.stash[ROWS]
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Add the rows and the fingerprint to what pytest-benchmark saves."""
+    _extend(config, output_json)
+
+
+def pytest_unconfigure(config):
+    """pytest-benchmark writes nothing when nothing was timed; the rows are saved all the same."""
+    target = config.getoption("benchmark_json", None)
+    if not target or not config.option.framework or not config.stash.get(ROWS, None):
+        return
+    path = Path(target)
+    if path.exists() and path.stat().st_size:
+        return
+    output = {"benchmarks": [], "datetime": datetime.datetime.now().isoformat(), "version": SCHEMA}
+    _extend(config, output)
+    path.write_text(json.dumps(output))
+
+
+@pytest.fixture
+def measure_draw(request, benchmark):
+    """``measure_draw(sampler, N, draw)``: time one draw, as a row of its own kind."""
+
+    def run(sampler, size, draw):
+        row = request.node.row = {
+            "schema": SCHEMA,
+            "kind": "sampling",
+            "case": f"sampling-n{size}-{sampler}",
+            "profile": runner.selected(request.config.option)["profile"],
+            "method": sampler,
+            "num_examples": size,
+            "status": "error",
+            "reason": "",
+        }
+        request.config.stash[ROWS].append(row)
+        benchmark.extra_info = row
+        benchmark.pedantic(draw, rounds=9, warmup_rounds=2, iterations=1 if size > 10**5 else 20)
+        row |= {"status": "ok", "draw_s": benchmark.stats.stats.median}
+
+    return run
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Opacus' sampler needs torch: draws are measured in torch's process."""
+    if collection_path.name == "test_sampling.py" and config.option.framework == "jax":
+        return True
+    return None

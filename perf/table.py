@@ -1,0 +1,192 @@
+"""The table of a saved run: ``python -m perf.table [RUN.json] [--markdown]``; default: newest."""
+
+import argparse
+import itertools
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from perf import saved
+
+HEADERS = (
+    "method",
+    "mode",
+    "real ex/s",
+    "× own SGD (q1–q3)",
+    "× best SGD",
+    "peak MB",
+    "first s",
+    "update ms",
+    "compiles",
+    "padding",
+    "spread",
+)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0 or value >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(value)))}f}"
+
+
+def _cells(row: dict[str, Any], mark: str) -> list[str]:
+    mode = "compiled" if row["compile"] else "eager"
+    if row["status"] != "ok":
+        return [row["method"] + mark, mode, row["status"]] + [""] * 8
+    slow = "–"
+    if row.get("slowdown"):
+        low, high = row["slowdown_q1"], row["slowdown_q3"]
+        slow = f"{row['slowdown']:.2f} ({low:.2f}–{high:.2f})"
+    compiles = str(row["compiles"]) + (f"+{row['recompiles']}" if row.get("recompiles") else "")
+    peak = row.get("peak_bytes")
+    return [
+        row["method"] + mark,
+        mode,
+        _number(row["examples_per_s"]),
+        slow,
+        f"{row['vs_best_sgd']:.2f}" if row.get("vs_best_sgd") else "–",
+        _number(peak / 1e6 if peak else None),
+        _number(row["first_step_s"], 2),
+        _number(1e3 * row["update_s"], 2),
+        compiles,
+        f"{row['padding_fraction']:.0%}",
+        f"{row['iqr_fraction']:.0%}",
+    ]
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    if row["status"] != "ok":
+        return [f"{row['status']}: {row['reason']}"]
+    notes = list(row.get("deviations", []))
+    cold = row.get("examples_per_s_with_recompiles")
+    if cold:
+        notes.append(
+            f"recompiles for each new size: {_number(cold)} real ex/s with them (first draws)"
+        )
+    return notes
+
+
+def sections(run: dict[str, Any]) -> tuple[list[tuple[str, list[list[str]]]], list[str]]:
+    """([(title, rows of cells)], footnotes) over the training steps of a run."""
+    notes: list[str] = []
+    found = []
+
+    def group(row):
+        return tuple(row[k] for k in ("model", "precision", "physical_batch", "expected_batch"))
+
+    rows = saved.steps(run)
+    order = {key: n for n, key in reversed(list(enumerate(map(group, rows))))}
+    rows = sorted(rows, key=lambda row: order[group(row)])
+    for (model, precision, physical, expected), members in itertools.groupby(rows, group):
+        lines = []
+        for row in members:
+            marks = []
+            for note in _notes(row):
+                if note not in notes:
+                    notes.append(note)
+                marks.append(str(notes.index(note) + 1))
+            lines.append(_cells(row, f" [{','.join(marks)}]" if marks else ""))
+        found.append((f"{model} · {precision} · P={physical} · L={expected}", lines))
+    return found, [f"[{n}] {note}" for n, note in enumerate(notes, 1)]
+
+
+def sampling(run: dict[str, Any]) -> list[list[str]]:
+    """Cells of the sampling cases: sampler, N, µs per draw."""
+    rows = [row for row in run["rows"] if row.get("kind") == "sampling"]
+    return [
+        [
+            row["method"],
+            f"{row['num_examples']:.0e}",
+            _number(1e6 * row["draw_s"]) if row["status"] == "ok" else row["status"],
+        ]
+        for row in rows
+    ]
+
+
+def _title(run: dict[str, Any]) -> str:
+    info = run["machine_info"]
+    names = ("torch", "jax", "opacus", "optax", "jax-privacy")
+    versions = [f"{n} {info['libraries'][n]}" for n in names if n in info["libraries"]]
+    return f"{info['names'][0]}, {info['threads']} threads; {', '.join(versions)}"
+
+
+LEGEND = (
+    "σ=1, C=1, Adam; true Poisson draws. real ex/s: drawn examples, padding not counted. "
+    "× own SGD: median of paired rounds, lower is better. compiles: "
+    "+n are recompiles. spread: IQR/median."
+)
+
+
+def markdown(run: dict[str, Any]) -> str:
+    """The run as Markdown."""
+
+    def table(headers, rows):
+        lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
+        return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+    found, notes = sections(run)
+    parts = [_title(run)]
+    parts += [f"**{title}**\n\n{table(HEADERS, rows)}" for title, rows in found]
+    if draws := sampling(run):
+        parts.append("**one Poisson draw, qN=1,000**\n\n" + table(("sampler", "N", "µs"), draws))
+    return "\n\n".join([*parts, LEGEND, "  \n".join(notes)]).strip() + "\n"
+
+
+def show(run: dict[str, Any], file=None) -> None:
+    """Print the run to the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    wide = not (file or sys.stdout).isatty()
+    console = Console(file=file, width=132 if wide else None, highlight=False)
+    console.print(_title(run), markup=False)
+
+    def table(title, headers, rows):
+        grid = Table(title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
+        for n, header in enumerate(headers):
+            grid.add_column(header, justify="left" if n < 2 else "right", no_wrap=n in (0, 3))
+        for cells in rows:
+            grid.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        console.print(grid)
+
+    found, notes = sections(run)
+    for title, rows in found:
+        table(title, HEADERS, rows)
+    if draws := sampling(run):
+        table("one Poisson draw, qN=1,000", ("sampler", "N", "µs"), draws)
+    for line in [LEGEND, *notes]:
+        console.print(line, markup=False)
+
+
+def newest() -> Path:
+    """The newest ordinary run."""
+    runs = sorted(saved.FOLDER.glob("*/runs/*.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise saved.Unusable(
+            "no saved run under .benchmarks/*/runs: measure first (nox -s perf_cpu)"
+        )
+    return runs[-1]
+
+
+def main() -> None:
+    """Print one run."""
+    parser = argparse.ArgumentParser(prog="perf.table", description=__doc__)
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    try:
+        run = saved.load(args.run or newest())
+    except saved.Unusable as error:
+        sys.exit(f"perf.table: {error}")
+    if args.markdown:
+        print(markdown(run), end="")
+    else:
+        show(run)
+
+
+if __name__ == "__main__":
+    main()
