@@ -33,7 +33,7 @@ def pytest_cmdline_main(config):
         raise pytest.UsageError(error.args[0]) from None
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Third parties' warnings are not errors while measuring; the child reports its own way."""
     config.addinivalue_line("filterwarnings", "ignore")

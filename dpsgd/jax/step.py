@@ -171,11 +171,10 @@ class JaxStep:
         std = self.privacy.noise_multiplier * self.privacy.clip_norm
         if self.private and std > 0:
             leaves, tree = jax.tree.flatten(total)
-            keys = jax.random.split(own, len(leaves))
-            noisy = [
-                leaf + std * jax.random.normal(k, leaf.shape, leaf.dtype)
-                for leaf, k in zip(leaves, keys, strict=True)
-            ]
+            # One flat draw: a generator per leaf would be compiled hundreds of times.
+            ends = np.cumsum([leaf.size for leaf in leaves])
+            noise = jnp.split(std * jax.random.normal(own, (ends[-1],), leaves[0].dtype), ends[:-1])
+            noisy = [g + n.reshape(g.shape) for g, n in zip(leaves, noise, strict=True)]
             total = jax.tree.unflatten(tree, noisy)
         gradient = jax.tree.map(lambda g: g / self.privacy.expected_batch_size, total)
         updates, opt_state = self.optimizer.update(gradient, opt_state, params)
