@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 from typing import ClassVar
-from typing import ClassVar
 
 import numpy as np
 import pytest

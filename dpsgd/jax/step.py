@@ -173,7 +173,9 @@ class JaxStep:
             leaves, tree = jax.tree.flatten(total)
             # One flat draw: a generator per leaf would be compiled hundreds of times.
             ends = np.cumsum([leaf.size for leaf in leaves])
-            noise = jnp.split(std * jax.random.normal(own, (ends[-1],), leaves[0].dtype), ends[:-1])
+            noise = std * jax.random.normal(own, (ends[-1],), leaves[0].dtype)
+            # Without the barrier, XLA fuses the generator into every slice.
+            noise = jnp.split(jax.lax.optimization_barrier(noise), ends[:-1])
             noisy = [g + n.reshape(g.shape) for g, n in zip(leaves, noise, strict=True)]
             total = jax.tree.unflatten(tree, noisy)
         gradient = jax.tree.map(lambda g: g / self.privacy.expected_batch_size, total)
