@@ -159,7 +159,6 @@ METHODS: dict[str, Method] = {
             baseline="jax-sgd",
             source=f"{_PAPER}, naive",
             static_shapes=False,
-            accepts_ragged=True,
         ),
         Method(
             name="jax-masked",

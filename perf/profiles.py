@@ -73,8 +73,8 @@ PROFILES = {
     "full": (
         _CNN,
         _TINY,
-        ("vit-ti16", 16, ("eager", "compiled"), ("fp32",)),
-        ("vit-s16", 8, ("eager",), ("fp32",)),
+        ("vit-ti16", 8, ("eager", "compiled"), ("fp32",)),
+        ("vit-s16-4blocks", 8, ("eager",), ("fp32",)),
     ),
     "gpu": (
         _CNN,

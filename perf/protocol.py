@@ -81,7 +81,8 @@ class Prepared:
                 parts.append(placed[key])
             self.batches.append(parts)
         slots = sum(len(part[2]) for parts in self.batches for part in parts)
-        self.padding_fraction = 1 - sum(self.sizes) / slots
+        # A row without static shapes drops the padding itself.
+        self.padding_fraction = 1 - sum(self.sizes) / slots if case.row.static_shapes else 0.0
 
     def run(self, draw: int) -> None:
         """One whole step on draw number ``draw``."""

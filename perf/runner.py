@@ -50,6 +50,11 @@ def run(options, arguments: list[str]) -> int:
     folder = saved.FOLDER / device.slug(where)
     parts, worst = folder / "runs" / f".parts-{os.getpid()}", 0
     environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if where == "cpu" else {})
+    # Cold at the start; what was compiled for timing is not compiled again to measure memory.
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(parts / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     for framework in dict.fromkeys(case.row.framework for case in cases(**wanted)):
         part = parts / f"{framework}.json"
         command = [sys.executable, "-m", "pytest", *arguments, f"--framework={framework}"]

@@ -142,7 +142,7 @@ def show(run: dict[str, Any], file=None) -> None:
     from rich.table import Table
 
     wide = not (file or sys.stdout).isatty()
-    console = Console(file=file, width=132 if wide else None, highlight=False)
+    console = Console(file=file, width=144 if wide else None, highlight=False)
     console.print(_title(run), markup=False)
 
     def table(title, headers, rows):

@@ -134,14 +134,18 @@ def optimizer(model: nnx.Module, name: str, learning_rate: float) -> optax.Gradi
     return kinds[name](learning_rate)
 
 
+@nnx.jit
+def _classes(model, inputs):
+    return model(inputs).argmax(-1)
+
+
 def predict(step, inputs: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Predicted classes, int64 [n], of NumPy ``inputs`` [n, ...] by the model in ``step``."""
-    forward = nnx.jit(lambda model, x: model(x).argmax(-1))
     model, chunks = step.model, []
     for start in range(0, len(inputs), batch_size):
         chunk = inputs[start : start + batch_size]
         padded = np.zeros((batch_size, *inputs.shape[1:]), inputs.dtype)  # one shape, one compile
         padded[: len(chunk)] = chunk
         placed, _, _ = step.put(padded, np.zeros(batch_size, np.int64), np.ones(batch_size, bool))
-        chunks.append(np.asarray(forward(model, placed))[: len(chunk)])
+        chunks.append(np.asarray(_classes(model, placed))[: len(chunk)])
     return np.concatenate(chunks).astype(np.int64)

@@ -27,10 +27,15 @@ class Masked(JaxStep):
         squared = sum(
             jnp.square(g).reshape(len(mask), -1).sum(1) for g in jax.tree.leaves(gradients)
         )
-        keep = mask & jnp.isfinite(squared)
+        finite = jnp.isfinite(squared)
+        keep = mask & finite
+        # Almost never entered. A plain select would copy every gradient before the product below.
+        _, gradients = jax.lax.while_loop(
+            lambda state: state[0],
+            lambda state: (jnp.zeros_like(state[0]), select_rows(finite, state[1])),
+            (~finite.all(), gradients),
+        )
         norms = jnp.sqrt(jnp.where(keep, squared, 0))
         factors = jnp.where(keep, jnp.minimum(1, self.privacy.clip_norm / norms), 0)
-        total = jax.tree.map(
-            lambda g: jnp.tensordot(factors, g, axes=1), select_rows(keep, gradients)
-        )
+        total = jax.tree.map(lambda g: jnp.tensordot(factors, g, axes=1), gradients)
         return total, jnp.sqrt(jnp.where(mask, squared, 0))
