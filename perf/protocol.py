@@ -242,8 +242,7 @@ class Bench:
     def _update_seconds(self, subject: Prepared) -> float:
         found = []
         for draw in range(3):
-            for part in subject.batches[draw]:
-                subject.step.accumulate(*part)
+            subject.step.accumulate(*subject.batches[draw][0])
             subject.step.synchronize()
 
             def update():

@@ -96,7 +96,8 @@ class JaxStep:
         # rbg: one hardware-friendly stream per key, several times faster than threefry.
         key = jax.random.wrap_key_data(np.frombuffer(data, np.uint32), impl="rbg")
         self._key = jax.device_put(key, self.device)
-        self._names = [f"{type(self).__name__}_{part}" for part in ("accumulate", "noise", "update")]
+        parts = ("accumulate", "noise", "update")
+        self._names = [f"{type(self).__name__}_{part}" for part in parts]
         self._accumulate = self._jit(self._accumulated, self._names[0], donate_argnums=1)
         # A function of its own: fused with the optimizer, XLA compiles both five times longer.
         self._noise = self._jit(self._drawn, self._names[1], donate_argnums=0)
