@@ -13,5 +13,6 @@ def pytest_addoption(parser):
     group.addoption("--compile", default=None, help="torch mode: eager, compiled or both")
     group.addoption("--rounds", type=int, default=9, help="timed rounds of each case")
     group.addoption("--device", default="auto", help="auto, cpu or cuda")
+    group.addoption("--data-dir", default=None, help="CIFAR-100's folder: load it, not digits")
     group.addoption("--save-baseline", action="store_true", help="save as the profile's baseline")
     group.addoption("--framework", default=None, help="torch or jax: one, in this process")

@@ -84,8 +84,9 @@ def tests_all(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
+    """Check style, formatting and types."""
     if session.venv_backend != "none":
-        session.install("ruff>=0.14,<0.16", silent=True)
+        session.install("ruff>=0.14,<0.16", "mypy>=1.15,<3", "numpy", silent=True)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "dpsgd", "perf")

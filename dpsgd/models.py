@@ -152,15 +152,13 @@ def _checkpoint(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[
             found[name] = value
     chosen, kept = {}, []
     for name, shape in shapes.items():
-        value = found.get(
-            name, found.get(name.removeprefix("vit."))
-        )  # a bare backbone has no prefix
-        if value is not None and value.shape == tuple(shape):
-            chosen[name] = value.astype(np.float32)
+        given = found.get(name, found.get(name.removeprefix("vit.")))  # a bare backbone
+        if given is not None and given.shape == tuple(shape):
+            chosen[name] = given.astype(np.float32)
         elif name.startswith(("classifier.", "linear.")):
             kept.append(name)
         else:
-            has = "has none" if value is None else f"has shape {value.shape}"
+            has = "has none" if given is None else f"has shape {given.shape}"
             raise ValueError(f"{folder}: {name} needs shape {tuple(shape)}; the checkpoint {has}")
     if kept:
         warnings.warn(

@@ -155,6 +155,12 @@ def epsilon(
         ledger = RdpAccountant(neighboring_relation=relation)
     else:
         raise ValueError(f"accountant is {accountant!r}; use 'pld' or 'rdp'")
+    return _spend(ledger, sample_rate, noise_multiplier, steps, delta)
+
+
+def _spend(ledger, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
+    import dp_accounting
+
     event = dp_accounting.PoissonSampledDpEvent(
         sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
     )
@@ -180,19 +186,25 @@ def noise_multiplier(
     _check(epsilon=target_epsilon, sample_rate=sample_rate, steps=steps, delta=delta)
 
     @functools.cache
-    def spent(sigma: float) -> float:
-        return epsilon(
+    def excess(sigma: float) -> float:
+        spent = epsilon(
             sample_rate=sample_rate,
             noise_multiplier=sigma,
             steps=steps,
             delta=delta,
             neighbours=neighbours,
         )
+        return math.log(spent / target_epsilon)
 
-    def excess(sigma: float) -> float:
-        return math.log(spent(sigma) / target_epsilon)
+    from dp_accounting.rdp import RdpAccountant
 
-    high = 1.0
+    # RDP is loose, but takes milliseconds: it finds where to begin. A fractional order that does
+    # not converge would be logged, so there are whole ones only.
+    high, orders = 1.0, [*range(2, 64), 128, 256, 512, 1024]
+    while high < 1e4 and _spend(RdpAccountant(orders), sample_rate, high, steps, delta) > (
+        target_epsilon
+    ):
+        high *= 2
     while excess(high) > 0:
         high *= 2
         if high > 1e4:

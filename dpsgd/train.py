@@ -11,6 +11,7 @@ import importlib
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,6 +325,16 @@ def _statement(args: argparse.Namespace, epsilon: float, steps: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0, 2 if an option cannot work, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _main(args)
+
+
+def _warn(message, *_, **__) -> None:
+    print("dpsgd.train: warning:", message, file=sys.stderr)
+
+
+def _main(args: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(args).items() if name != "diagnostics"}
     try:
         result = train(

@@ -103,8 +103,8 @@ def measure(request, benchmark, bench):
 def _line(row) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
-    if "draw_s" in row:
-        return f"{1e6 * row['draw_s']:,.0f} µs a draw"
+    if "call_s" in row:
+        return f"{1e6 * row['call_s']:,.0f} µs a call"
     slow = f", {row['slowdown']:.2f} × SGD" if "slowdown" in row else ""
     return f"{row['examples_per_s']:,.0f} real ex/s{slow}"
 
@@ -207,30 +207,31 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture
-def measure_draw(request, benchmark):
-    """``measure_draw(sampler, N, draw)``: time one draw, as a row of its own kind."""
+def measure_call(request, benchmark):
+    """``measure_call(kind, method, size, call)``: time one call outside of a step, in a row."""
 
-    def run(sampler, size, draw):
+    def run(kind, method, size, call, iterations=1):
         row = request.node.row = {
             "schema": SCHEMA,
-            "kind": "sampling",
-            "case": f"sampling-n{size}-{sampler}",
+            "kind": kind,
+            "case": "-".join([kind, method, *size.split()]),
             "profile": runner.selected(request.config.option)["profile"],
-            "method": sampler,
-            "num_examples": size,
+            "method": method,
+            "size": size,
             "status": "error",
             "reason": "",
         }
         request.config.stash[ROWS].append(row)
         benchmark.extra_info = row
-        benchmark.pedantic(draw, rounds=9, warmup_rounds=2, iterations=1 if size > 10**5 else 20)
-        row |= {"status": "ok", "draw_s": benchmark.stats.stats.median}
+        benchmark.pedantic(call, rounds=9, warmup_rounds=2, iterations=iterations)
+        row |= {"status": "ok", "call_s": benchmark.stats.stats.median}
 
     return run
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Opacus' sampler needs torch: draws are measured in torch's process."""
-    if collection_path.name == "test_sampling.py" and config.option.framework == "jax":
+    """What knows no framework is measured once, in torch's process: Opacus' sampler needs it."""
+    once = ("test_sampling.py", "test_loading.py")
+    if collection_path.name in once and config.option.framework == "jax":
         return True
     return None

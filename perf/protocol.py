@@ -23,7 +23,7 @@ from perf.profiles import Case
 
 SEED = 20240617
 NUM_EXAMPLES = 50_000
-DRAWS = 4  # rounds cycle through as many logical batches
+DRAWS = 3  # rounds cycle through as many logical batches
 WARMUP = 2
 LEARNING_RATE = 1e-6
 SCHEMA = 1
@@ -117,7 +117,7 @@ def ratios(
     ]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Bootstrap 95 % interval of the median, from a fixed seed."""
     rng = np.random.default_rng(0)
     picks = rng.choice(np.asarray(values), (2000, len(values)))

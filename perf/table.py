@@ -1,4 +1,8 @@
-"""The table of a saved run: ``python -m perf.table [RUN.json] [--markdown]``; default: newest."""
+"""
+The table of a saved run: ``python -m perf.table [RUN.json] [--markdown]``; default: newest.
+
+``--write FILE`` puts it into a Markdown file between ``<!-- PROFILE -->`` and ``<!-- end -->``.
+"""
 
 import argparse
 import itertools
@@ -93,14 +97,19 @@ def sections(run: dict[str, Any]) -> tuple[list[tuple[str, list[list[str]]]], li
     return found, [f"[{n}] {note}" for n, note in enumerate(notes, 1)]
 
 
-def sampling(run: dict[str, Any]) -> list[list[str]]:
-    """Cells of the sampling cases: sampler, N, µs per draw."""
-    rows = [row for row in run["rows"] if row.get("kind") == "sampling"]
+CALLS = "outside of a step: one Poisson draw at qN=1,000; one physical batch loaded, transferred"
+CALL_HEADERS = ("call", "by", "size", "µs")
+
+
+def calls(run: dict[str, Any]) -> list[list[str]]:
+    """Cells of what is measured outside of a step."""
+    rows = [row for row in run["rows"] if row.get("kind", "step") != "step"]
     return [
         [
+            row["kind"],
             row["method"],
-            f"{row['num_examples']:.0e}",
-            _number(1e6 * row["draw_s"]) if row["status"] == "ok" else row["status"],
+            row["size"],
+            _number(1e6 * row["call_s"]) if row["status"] == "ok" else row["status"],
         ]
         for row in rows
     ]
@@ -130,8 +139,8 @@ def markdown(run: dict[str, Any]) -> str:
     found, notes = sections(run)
     parts = [_title(run)]
     parts += [f"**{title}**\n\n{table(HEADERS, rows)}" for title, rows in found]
-    if draws := sampling(run):
-        parts.append("**one Poisson draw, qN=1,000**\n\n" + table(("sampler", "N", "µs"), draws))
+    if rows := calls(run):
+        parts.append(f"**{CALLS}**\n\n{table(CALL_HEADERS, rows)}")
     return "\n\n".join([*parts, LEGEND, "  \n".join(notes)]).strip() + "\n"
 
 
@@ -146,7 +155,8 @@ def show(run: dict[str, Any], file=None) -> None:
     console.print(_title(run), markup=False)
 
     def table(title, headers, rows):
-        grid = Table(title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
+        console.print(title, markup=False, style="italic")
+        grid = Table(pad_edge=False, box=box.SIMPLE_HEAD)
         for n, header in enumerate(headers):
             grid.add_column(header, justify="left" if n < 2 else "right", no_wrap=n in (0, 3))
         for cells in rows:
@@ -156,8 +166,8 @@ def show(run: dict[str, Any], file=None) -> None:
     found, notes = sections(run)
     for title, rows in found:
         table(title, HEADERS, rows)
-    if draws := sampling(run):
-        table("one Poisson draw, qN=1,000", ("sampler", "N", "µs"), draws)
+    if rows := calls(run):
+        table(CALLS, CALL_HEADERS, rows)
     for line in [LEGEND, *notes]:
         console.print(line, markup=False)
 
@@ -172,17 +182,29 @@ def newest() -> Path:
     return runs[-1]
 
 
+def write(run: dict[str, Any], path: Path) -> None:
+    """Replace what stands between the marks of the run's profile in a Markdown file."""
+    mark, end = f"<!-- {run['rows'][0]['profile']} -->\n", "<!-- end -->"
+    before, found, rest = path.read_text().partition(mark)
+    if not found or end not in rest:
+        sys.exit(f"perf.table: {path} has no {mark.strip()} … {end} to write between")
+    path.write_text(before + mark + markdown(run) + end + rest.partition(end)[2])
+
+
 def main() -> None:
     """Print one run."""
     parser = argparse.ArgumentParser(prog="perf.table", description=__doc__)
     parser.add_argument("run", nargs="?")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--write", metavar="FILE", help="between the profile's marks of this file")
     args = parser.parse_args()
     try:
         run = saved.load(args.run or newest())
     except saved.Unusable as error:
         sys.exit(f"perf.table: {error}")
-    if args.markdown:
+    if args.write:
+        write(run, Path(args.write))
+    elif args.markdown:
         print(markdown(run), end="")
     else:
         show(run)

@@ -44,13 +44,13 @@ def fake_prepared(clock, seconds_per_example, drift):
     class Prepared:
         def __init__(self, case, device, *, ragged, checked=True):
             self.case, self.step = case, FakeStep()
-            self.sizes, self.padding_fraction = [500, 520, 480, 510], 0.0
-            self.batches = [[()]] * 4
+            self.sizes, self.padding_fraction = [500, 520, 480], 0.0
+            self.batches = [[()]] * 3
             self.reference = type("R", (), {"problem": lambda *_: ("", 1.0)})()
 
         def run(self, draw):
             speed = (1 + drift) ** clock.now
-            clock.now += seconds_per_example[self.case.method] * self.sizes[draw % 4] * speed
+            clock.now += seconds_per_example[self.case.method] * self.sizes[draw % 3] * speed
 
     return Prepared
 

@@ -76,6 +76,8 @@ def test_a_large_delta_warns():
 def test_epsilon_must_be_positive_and_reachable():
     with pytest.raises(ValueError, match="epsilon is 0"):
         noise_multiplier(0, sample_rate=0.1, steps=1, delta=1e-5)
+    with pytest.raises(ValueError, match="out of reach"):
+        noise_multiplier(1e-6, sample_rate=0.1, steps=1000, delta=1e-5)
 
 
 def test_expected_batch_size_is_q_times_n():

@@ -23,7 +23,7 @@ MATMUL_PRECISION = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "bfloat1
 _COMPILES: Counter[str] = Counter()
 
 
-def _listen(event: str, seconds: float, **details: Any) -> None:
+def _listen(event: str, duration_secs: float, **details: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         _COMPILES[str(details.get("fun_name"))] += 1
 
@@ -86,7 +86,8 @@ class JaxStep:
             raise ValueError(f"physical_batch_size is {physical_batch_size}; it must be at least 1")
         self.privacy, self.loss, self.precision = privacy, loss, precision
         self.physical_batch_size, self.optimizer = physical_batch_size, optimizer
-        self._graph, params, self._rest = nnx.split(model, nnx.Param, ...)
+        split: Any = nnx.split(model, nnx.Param, ...)
+        self._graph, params, self._rest = split
         self.device = next(iter(jax.tree.leaves(params)[0].devices()))
         # The step donates its buffers, so it needs its own; committed, or the first call retraces.
         self.params = jax.tree.map(lambda a: jax.device_put(a.copy(), self.device), params)
@@ -94,7 +95,7 @@ class JaxStep:
         self.total = self._zeros()
         data = secrets.token_bytes(16) if seed is None else np.random.default_rng(seed).bytes(16)
         # rbg: one hardware-friendly stream per key, several times faster than threefry.
-        key = jax.random.wrap_key_data(np.frombuffer(data, np.uint32), impl="rbg")
+        key = jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="rbg")
         self._key = jax.device_put(key, self.device)
         parts = ("accumulate", "noise", "update")
         self._names = [f"{type(self).__name__}_{part}" for part in parts]
@@ -166,6 +167,13 @@ class JaxStep:
         """How often this process has compiled this method's functions."""
         return sum(n for name, n in _COMPILES.items() if any(own in name for own in self._names))
 
+    def plan_bytes(self, inputs: Any, targets: Any, mask: Any) -> int:
+        """XLA's own memory plan for one ``accumulate``: arguments, results and temporaries."""
+        lowered = self._accumulate.lower(self.params, self.total, inputs, targets, mask)
+        plan = lowered.compile().memory_analysis()
+        kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return kept + plan.temp_size_in_bytes
+
     def _sum_and_norms(self, params, inputs, targets, mask):
         raise NotImplementedError
 
@@ -194,7 +202,7 @@ class JaxStep:
     def _zeros(self) -> nnx.State:
         return jax.tree.map(lambda a: jax.device_put(jnp.zeros_like(a), self.device), self.params)
 
-    def _jit(self, function: Callable, name: str, **options: Any) -> Callable:
+    def _jit(self, function: Callable, name: str, **options: Any) -> Any:
         def traced(*args):
             with jax.default_matmul_precision(MATMUL_PRECISION[self.precision]):
                 return function(*args)

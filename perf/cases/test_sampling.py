@@ -27,5 +27,6 @@ def _ours(size):
     ("sampler", "size"),
     [*(("dpsgd", n) for n in SIZES), *(("opacus", n) for n in SIZES if n <= 10**7)],
 )
-def test_draw(sampler, size, measure_draw):
-    measure_draw(sampler, size, {"dpsgd": _ours, "opacus": _opacus}[sampler](size))
+def test_draw(sampler, size, measure_call):
+    draw = {"dpsgd": _ours, "opacus": _opacus}[sampler](size)
+    measure_call("draw", sampler, f"N={size:.0e}", draw, iterations=1 if size > 10**5 else 20)

@@ -13,14 +13,18 @@ from dpsgd.jax.step import JaxStep, select_rows
 class Masked(JaxStep):
     """Compiles once whatever is drawn; holds P gradients at once where XLA cannot fuse."""
 
-    def _gradients(self, params, inputs, targets):
-        """One gradient per example, each leaf [P, ...]."""
+    def _gradient(self, params, inputs, target):
+        """The gradient of one example, which has no batch axis."""
 
-        def one(params, inputs, target):
+        def loss(params):
             batch = jax.tree.map(lambda a: a[None], inputs)
             return self.objective(params, batch, target[None])[0]
 
-        return jax.vmap(jax.grad(one), (None, 0, 0))(params, inputs, targets)
+        return jax.grad(loss)(params)
+
+    def _gradients(self, params, inputs, targets):
+        """One gradient per example, each leaf [P, ...]."""
+        return jax.vmap(self._gradient, (None, 0, 0))(params, inputs, targets)
 
     def _sum_and_norms(self, params, inputs, targets, mask):
         gradients = self._gradients(params, select_rows(mask, inputs), targets)

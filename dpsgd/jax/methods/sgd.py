@@ -21,3 +21,7 @@ class SGD(JaxStep):
             return jnp.where(mask, losses, 0).sum()
 
         return jax.grad(total)(params), None
+
+    def norms(self, inputs, targets, mask):
+        """Not there: the gradients of single examples are never formed."""
+        raise NotImplementedError("plain SGD has no per-example norms: ask a private method")

@@ -28,3 +28,7 @@ class SGD(TorchStep):
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         self._total_loss(inputs, targets, mask).backward()
+
+    def norms(self, inputs, targets, mask):
+        """Not there: the gradients of single examples are never formed."""
+        raise NotImplementedError("plain SGD has no per-example norms: ask a private method")
