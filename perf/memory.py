@@ -96,11 +96,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     cases = [Case.parse(name) for name in args.cases]
-    for framework in {case.row.framework for case in cases}:
-        importlib.import_module(f"dpsgd.{framework}.models")
-        if framework == "torch" and any(not c.model.endswith("cnn") for c in cases):
+    for case in cases:
+        importlib.import_module(f"dpsgd.{case.row.framework}.models")
+        importlib.import_module(case.row.target.partition(":")[0])
+        if case.row.framework == "torch" and not case.model.endswith("cnn"):
             importlib.import_module("transformers.models.vit.modeling_vit")
-    at_once = 1 if args.device == "cuda" else 2  # nothing is timed here
+    # JAX mostly compiles here, which two can do at once; torch's spinning threads would collide.
+    at_once = 2 if args.device == "cpu" and cases[0].row.framework == "jax" else 1
     for number, case in enumerate(cases):
         if number >= at_once:
             os.wait()

@@ -65,8 +65,8 @@ class Case:
 
 
 _CNN = ("digits-cnn", 64, ("eager",), ("fp32",))
-# Cut to 4 blocks, or compiling 12 of them in JAX would take most of the time of the quick profile.
-_TINY = ("vit-ti16-4blocks-64px", 16, ("eager",), ("fp32",))
+# Cut to 3 blocks, or compiling 12 of them in JAX would take most of the time of the quick profile.
+_TINY = ("vit-ti16-3blocks-64px", 16, ("eager",), ("fp32",))
 # (model, P, torch modes, precisions)
 PROFILES: dict[str, tuple[tuple[str, int, tuple[str, ...], tuple[str, ...]], ...]] = {
     "smoke": (_CNN,),
