@@ -52,18 +52,28 @@ def steps(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def best_sgd(rows: Iterable[dict[str, Any]]) -> None:
-    """Set ``vs_best_sgd``: against that framework's fastest SGD, any mode, same precision."""
+    """
+    Set ``vs_best_sgd``: against that framework's fastest SGD, any mode, same precision.
+
+    A private row's is its paired slowdown times what its own SGD loses to the fastest, so that a
+    machine whose speed changed between the rows does not enter.
+    """
     rows = [row for row in rows if row["status"] == "ok" and "baseline" in row]
 
     def group(row):
         return tuple(row[k] for k in ("framework", "model", "physical_batch", "precision"))
 
     fastest: dict[tuple, float] = {}
+    own: dict[tuple, float] = {}
     for row in rows:
-        if row["method"].endswith("-sgd") or row["method"].endswith("-sgd-tuned"):
+        if row["method"].endswith(("-sgd", "-sgd-tuned")):
             fastest[group(row)] = max(fastest.get(group(row), 0), row["examples_per_s"])
+            own[(*group(row), row["compile"], row["method"])] = row["examples_per_s"]
     for row in rows:
-        if group(row) in fastest:
+        rate = own.get((*group(row), row["compile"], row["baseline"]))
+        if rate and "slowdown" in row:
+            row["vs_best_sgd"] = row["slowdown"] * fastest[group(row)] / rate
+        elif group(row) in fastest:
             row["vs_best_sgd"] = fastest[group(row)] / row["examples_per_s"]
 
 

@@ -151,14 +151,14 @@ def show(run: dict[str, Any], file=None) -> None:
     from rich.table import Table
 
     wide = not (file or sys.stdout).isatty()
-    console = Console(file=file, width=144 if wide else None, highlight=False)
+    console = Console(file=file, width=150 if wide else None, highlight=False)
     console.print(_title(run), markup=False)
 
     def table(title, headers, rows):
         console.print(title, markup=False, style="italic")
         grid = Table(pad_edge=False, box=box.SIMPLE_HEAD)
         for n, header in enumerate(headers):
-            grid.add_column(header, justify="left" if n < 2 else "right", no_wrap=n in (0, 3))
+            grid.add_column(header, justify="left" if n < 2 else "right", no_wrap=True)
         for cells in rows:
             grid.add_row(*(cell.replace("[", r"\[") for cell in cells))
         console.print(grid)

@@ -343,6 +343,7 @@ def test_merge_finds_the_best_sgd_of_any_mode():
     eager, compiled = canned(), canned(sgd=0.0005)
     for row in compiled["rows"]:
         row["case"] = row["case"].replace("eager", "compiled")
+        row["compile"] = True
     compiled["machine_info"]["fingerprint"] = "b"
     merged = saved.merge([eager, copy.deepcopy(compiled)])
     assert merged["machine_info"]["fingerprint"] == "a+b"

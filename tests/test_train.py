@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import warnings
 
 import numpy as np
 import pytest
@@ -159,3 +160,11 @@ def test_the_defaults_reach_their_accuracy(method, sigma):
     assert statistics.median(r.test_accuracy for r in results) >= 0.94
     assert results[0].epsilon <= 8
     assert (results[0].delta, results[0].neighbours) == (1e-5, "add_remove")
+
+
+def test_a_warning_is_one_sentence(capsys, sigma):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main(["--steps", "1", "--noise-multiplier", "1", "--delta", "0.01"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("dpsgd.train: warning: delta=0.01 is not below 1/N")

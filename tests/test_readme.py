@@ -1,0 +1,42 @@
+"""What README promises: its code runs, and its tables are those of the committed baselines."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from dpsgd import METHODS
+from dpsgd.methods import Method
+from perf import saved, table
+from perf.profiles import Case
+from perf.protocol import Prepared
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LOOP, FILE, ROW = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_training_loop_runs(capsys):
+    exec(compile(LOOP, "README.md", "exec"), {})
+    assert re.fullmatch(r"ε = 7\.\d\d at δ = 1e-05\n|ε = 8\.00 .*\n", capsys.readouterr().out)
+
+
+def test_a_method_is_one_file_and_one_row(monkeypatch):
+    row = eval(ROW, {"Method": Method})
+    module = types.ModuleType(row.target.partition(":")[0])
+    exec(compile(FILE, "README.md", "exec"), vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(METHODS, row.name, row)
+    case = Case(model="digits-cnn", physical_batch=8, method=row.name, compile=True)
+    prepared = Prepared(case, "cpu", ragged=False)
+    assert prepared.reference.problem(prepared.step)[0] == ""
+    assert len(FILE.strip().splitlines()) < 10
+
+
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_the_tables_are_those_of_the_baselines(profile):
+    run = saved.load(ROOT / ".benchmarks" / "cpu" / f"{profile}.json")
+    shown = README.partition(f"<!-- {profile} -->\n")[2].partition("<!-- end -->")[0]
+    assert shown == table.markdown(run)
