@@ -147,6 +147,13 @@ METHODS: dict[str, Method] = {
             accepts_ragged=True,
         ),
         Method(
+            name="torch-bookkeeping",
+            target="dpsgd.torch.methods.bookkeeping:Bookkeeping",
+            baseline="torch-sgd",
+            source="arXiv:2210.00038, planned per layer",
+            accepts_ragged=True,
+        ),
+        Method(
             name="jax-sgd",
             target="dpsgd.jax.methods.sgd:SGD",
             private=False,

@@ -1,0 +1,34 @@
+"""Any other layer: its own forward, differentiated for one example at a time by vmap."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vjp, vmap
+
+from dpsgd.torch.layers.base import Rule, fold
+
+
+class Other(Rule):
+    """Correct for every layer that torch.func can differentiate, for that layer alone."""
+
+    note = " (no rule: one by one)"
+    more: tuple[Any, ...] = ()  # what the module got after x: the same for all examples
+    named: dict[str, Any] = {}  # noqa: RUF012
+    busy = False
+
+    def gradients(self, x: Tensor, g: Tensor, examples: int) -> list[Tensor]:
+        """One [P, *shape] for each trained parameter."""
+        params = {name: getattr(self.module, name).detach() for name in self.trained}
+
+        def one(x, g):
+            def forward(params):
+                return functional_call(self.module, params, (x, *self.more), self.named)
+
+            with torch.enable_grad():
+                return vjp(forward, params)[1](g)[0]
+
+        self.busy = True  # this call of the module is not one of the model's
+        found = vmap(one, randomness="different")(fold(x, examples), fold(g, examples))
+        self.busy = False
+        return [found[name] for name in self.trained]

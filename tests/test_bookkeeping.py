@@ -1,0 +1,318 @@
+"""Book-keeping on models as people write them, against one example at a time in float64."""
+
+import copy
+import functools
+import warnings
+
+import hf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from dpsgd import METHODS, PrivacyConfig, cost, reference
+
+P = 4
+
+
+def privacy(clip_norm):
+    return PrivacyConfig(
+        num_examples=1000, sample_rate=0.01, noise_multiplier=0.0, clip_norm=clip_norm, steps=10
+    )
+
+
+def build(model, loss=hf.loss, clip_norm=1.0, **options):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    return METHODS["torch-bookkeeping"].build(
+        model, optimizer, privacy(clip_norm), loss=loss, physical_batch_size=P, **options
+    )
+
+
+def gradients(model, inputs, targets, loss=hf.loss):
+    """One float64 gradient per example."""
+    model = copy.deepcopy(model).double()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def one(array, i):
+        part = torch.as_tensor(array[i : i + 1])
+        return part.double() if part.is_floating_point() else part
+
+    for i in range(len(targets)):
+        x, y = tree_map(lambda a, i=i: one(a, i), (inputs, targets))
+        found = torch.autograd.grad(loss(model, x, y)[0], list(named.values()), allow_unused=True)
+        yield {
+            n: np.zeros(p.shape) if g is None else g.numpy()
+            for (n, p), g in zip(named.items(), found, strict=True)
+        }
+
+
+def assert_right(step, model, inputs, targets, mask, loss=hf.loss, tolerance=1e-5):
+    """Norms and clipped sum, C being such that some examples are clipped and some are not."""
+    rows = list(gradients(model, inputs, targets, loss))
+    lengths = np.array([reference.norm(row) for row in rows])
+    step.privacy = privacy(float(np.median(lengths)))
+    want = reference.clipped_sum(rows, mask, step.privacy.clip_norm)
+    placed = step.put(inputs, targets, mask)
+    np.testing.assert_allclose(step.norms(*placed), lengths * mask, rtol=tolerance, atol=1e-7)
+    got = step.clipped_sum(*placed)
+    assert got.keys() == want.keys()
+    scale = max(np.minimum(lengths, step.privacy.clip_norm)[mask].sum(), 1e-6)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=tolerance * scale)
+
+
+@functools.cache
+def prepared(name):
+    model = hf.build(name)
+    step = build(model)
+    inputs, targets = hf.batch(name, P)
+    step.norms(*step.put(inputs, targets, np.ones(P, bool)))
+    return model, step, dict(step.ways)
+
+
+@pytest.mark.parametrize("name", hf.BUILD)
+@settings(max_examples=6)
+@given(
+    way=st.sampled_from([None, *cost.WAYS]),
+    mask=st.lists(st.booleans(), min_size=P, max_size=P),
+    seed=st.integers(0, 99),
+)
+def test_models_of_hugging_face(name, way, mask, seed):
+    model, step, ways = prepared(name)
+    step.ways = {
+        choice.layer.name: way if way in choice.layer.ways else ways[choice.layer.name]
+        for choice in step.plan
+    }
+    assert_right(step, model, *hf.batch(name, P, seed), np.array(mask))
+
+
+def test_nothing_of_hugging_face_falls_back():
+    for name in hf.BUILD:
+        kinds = {type(rule).__name__ for rule in prepared(name)[1].recorder.rules}
+        assert "Other" not in kinds, name
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_gradient_checkpointing(name):
+    model = hf.build(name)
+    model.train()
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert_right(build(model), model, *hf.batch(name, P), np.ones(P, bool))
+
+
+def test_frozen_parts_stay_out():
+    model = hf.build("distilbert")
+    for p in model.distilbert.embeddings.parameters():
+        p.requires_grad_(False)
+    for n, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and not n.endswith("q_lin.bias"))
+    assert_right(build(model), model, *hf.batch("distilbert", P), np.ones(P, bool))
+    assert not model.distilbert.embeddings.word_embeddings.weight.requires_grad
+    assert model.classifier.weight.requires_grad
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(hf.build("bert"), config)
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            nn.init.normal_(p)
+    assert_right(build(model.eval()), model, *hf.batch("bert", P), np.ones(P, bool))
+
+
+# Layers
+
+
+def each(model, inputs, targets):
+    return model(inputs).flatten(1).square().mul(torch.arange(1, 4)[:1]).sum(1)
+
+
+class Twice(nn.Module):
+    """One layer used twice, and one on windows moved into the leading axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.windows = nn.Linear(6, 6), nn.Linear(3, 2)
+
+    def forward(self, x):
+        x = self.shared(torch.tanh(self.shared(x)))
+        return self.windows(x.reshape(-1, 3)).reshape(len(x), -1)
+
+
+class Scaled(nn.Module):
+    """A layer that no rule knows, bare parameters beside children, and a buffer."""
+
+    class Own(nn.Module):  # noqa: D106
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(1))
+
+        def forward(self, x):
+            return torch.sin(x * self.a) + self.b
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.linear = self.Own(), nn.Linear(6, 6)
+        self.token, self.scale = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(6))
+        self.register_buffer("order", torch.arange(5, -1, -1))
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.linear(self.own(x)) * self.scale.exp()[self.order]
+
+
+LAYERS = {
+    "twice": (Twice, (6,)),
+    "scaled": (Scaled, (3, 6)),
+    "no bias": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, bias=False)), (2, 6)),
+    "no affine": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, False)), (6,)),
+    "rms": (lambda: nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 3, bias=False)), (2, 6)),
+    "4-D linear": (lambda: nn.Linear(4, 3), (2, 3, 4)),
+    "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 7, 6)),
+    "dilated": (lambda: nn.Conv2d(3, 4, (3, 2), padding="same", dilation=2), (3, 6, 6)),
+    "even kernel": (lambda: nn.Conv2d(3, 4, 2, padding="same", bias=False), (3, 5, 5)),
+    "pointwise": (lambda: nn.Conv2d(4, 6, 1, stride=2), (4, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5)),
+    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 5, 5)),
+    "1-D": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (4, 9)),
+    "1-D same": (lambda: nn.Conv1d(3, 4, 4, padding="same"), (3, 9)),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), (2, 6, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("way", cost.WAYS)
+def test_layers(layer, way):
+    torch.manual_seed(0)
+    make, shape = LAYERS[layer]
+    model, rng = make(), np.random.default_rng(0)
+    step, mask = build(model, each), np.array([True, True, False, True])
+    inputs, targets = rng.standard_normal((P, *shape), np.float32), np.zeros(P, np.int64)
+    step.norms(*step.put(inputs, targets, mask))
+    step.ways = {c.layer.name: way if way in c.layer.ways else c.way for c in step.plan}
+    assert_right(step, model, inputs, targets, mask, each)
+
+
+def test_the_plan_names_the_fallback():
+    step = build(Scaled(), each)
+    step.norms(*step.put(np.ones((P, 3, 6), np.float32), np.zeros(P, int), np.ones(P, bool)))
+    line = next(line for line in step.explain().splitlines() if line.startswith("own "))
+    assert "no rule" in line
+    assert "keep" in line
+
+
+def test_one_example_at_a_time_and_short_batches():
+    model = hf.build("vit")
+    inputs, targets = hf.batch("vit", 3)
+    for rows in (1, 3):
+        step = build(model)
+        assert_right(step, model, inputs[:rows], targets[:rows], np.ones(rows, bool))
+
+
+def test_a_budget_makes_the_plan_smaller_or_says_what_it_needs():
+    model, shape = nn.Linear(256, 256), (P, 96, 256)
+    arrays = np.ones(shape, np.float32), np.zeros(P, int), np.ones(P, bool)
+    placed = build(model, each).put(*arrays)
+
+    def held(**options):
+        step = build(model, each, **options)
+        step.norms(*placed)
+        return sum(c.layer.held(c.way) for c in step.plan)
+
+    free = held()
+    assert held(memory_budget_bytes=free - 1) < free
+    with pytest.raises(ValueError, match="the smallest plan holds"):
+        held(memory_budget_bytes=10)
+
+
+# What cannot be clipped
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x - x.mean(0))
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Direct(nn.Module):
+    """Uses a layer's weight without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x @ self.linear.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "words"),
+    [
+        (Mixing, (6,), "mixes examples"),
+        (SequenceFirst, (4, 6), "'linear.*mixes examples"),
+        (SequenceFirst, (3, 6), "'linear' gives .* first axis"),
+        (Direct, (6,), "'linear.weight' is used in a way"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_named(model, shape, words):
+    step = build(model(), each)
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((P, *shape), np.float32)
+    with pytest.raises(ValueError, match=words):
+        step.norms(*step.put(inputs, np.zeros(P, int), np.ones(P, bool)))
+
+
+def test_a_loss_that_mixes_examples_is_refused():
+    def mean(model, inputs, targets):
+        return each(model, inputs - inputs.mean(0), targets)
+
+    step = build(nn.Linear(6, 3), mean)
+    inputs = np.random.default_rng(0).standard_normal((P, 6), np.float32)
+    with pytest.raises(ValueError, match="the loss mixes examples"):
+        step.norms(*step.put(inputs, np.zeros(P, int), np.ones(P, bool)))
+
+
+# The cost of each way
+
+
+def test_the_fastest_way_follows_from_the_sizes():
+    def way(**sizes):
+        layer = cost.Layer(name="x", kind="Linear", examples=8, **sizes)
+        return cost.plan([layer])[0].way
+
+    assert way(positions=1, inputs=768, outputs=768) == "gram"
+    assert way(positions=16, inputs=768, outputs=3072) == "gram"
+    assert way(positions=196, inputs=192, outputs=768) == "keep"
+    assert way(positions=4096, inputs=27, outputs=64) == "keep"
+
+
+def test_flops_and_bytes():
+    layer = cost.Layer(name="x", kind="Linear", examples=2, positions=3, inputs=5, outputs=7)
+    assert layer.flops("keep") == 2 * 2 * 3 * 5 * 7 + 4 * 2 * 5 * 7
+    assert layer.flops("gram") == 2 * 2 * 9 * 12 + 2 * 2 * 3 * 5 * 7
+    assert layer.flops("rebuild") == 2 * 2 * 2 * 3 * 5 * 7
+    assert layer.held("keep") == 2 * 5 * 7 * 4
+    assert layer.held("gram") == layer.held("rebuild") == 2 * 3 * 12 * 4
