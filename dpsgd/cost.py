@@ -7,7 +7,9 @@ Framework-free. A layer with T positions, d inputs and p outputs per example can
   factor is known: SGD's FLOPs, P·p·d numbers;
 - ``gram``: the norm comes from two T×T Gram matrices, the sum from one weighted product afterwards;
   the layer's inputs and output gradients stay: P·T·(p+d) numbers;
-- ``rebuild``: the norm comes from gradients that are dropped at once; the rest is as for ``gram``.
+- ``rebuild``: the norm comes from gradients that are dropped at once; the rest is as for ``gram``;
+- ``together``: a parameter used more than once, whose gradients add up before they are normed;
+- ``tied``: a table used as an embedding and as a linear layer: ``gram``, and the cross term.
 
 Sources: arXiv:2110.05679 (Gram), arXiv:2210.00038 (one backward pass).
 """
@@ -33,19 +35,22 @@ class Layer:
     groups: int = 1
     itemsize: int = 4
     ways: tuple[str, ...] = WAYS
+    norms_only: bool = False  # a second backward pass makes the sum: nothing is held
 
     def flops(self, way: str) -> int:
         """Beyond the forward pass and the gradient of the layer's input."""
         size = self.examples * self.groups
         product = 2 * size * self.positions * self.inputs * self.outputs
-        if way == "keep":
+        if way in ("keep", "together"):
             return product + 4 * size * self.inputs * self.outputs
         gram = 2 * size * self.positions**2 * (self.inputs + self.outputs)
-        return product + (gram if way == "gram" else product)
+        return product + (product if way == "rebuild" else gram)
 
     def held(self, way: str) -> int:
         """Bytes that stay until the clip factors are known."""
-        if way == "keep":
+        if self.norms_only and way in ("gram", "rebuild"):
+            return 0
+        if way in ("keep", "together"):
             numbers = self.inputs * self.outputs
         else:
             numbers = self.positions * (self.inputs + self.outputs)
@@ -53,9 +58,12 @@ class Layer:
 
     def moved(self, way: str) -> int:
         """Bytes to and from memory: what is held is written once and read twice."""
+        size = self.examples * self.groups * self.itemsize
+        gradients = size * self.inputs * self.outputs
+        pair = size * self.positions * (self.inputs + self.outputs)
         if way == "rebuild":
-            return 2 * self.held("keep") + 2 * self.held("gram")
-        return 3 * self.held("keep") if way == "keep" else 2 * self.held("gram")
+            return 2 * gradients + 2 * pair
+        return 3 * gradients if way in ("keep", "together") else 2 * pair
 
     def effort(self, way: str, balance: float) -> float:
         """Time in units of one FLOP."""

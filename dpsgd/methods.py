@@ -154,6 +154,13 @@ METHODS: dict[str, Method] = {
             accepts_ragged=True,
         ),
         Method(
+            name="torch-ghost",
+            target="dpsgd.torch.methods.ghost:Ghost",
+            baseline="torch-sgd",
+            source="arXiv:2110.05679, planned per layer",
+            accepts_ragged=True,
+        ),
+        Method(
             name="jax-sgd",
             target="dpsgd.jax.methods.sgd:SGD",
             private=False,

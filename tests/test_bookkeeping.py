@@ -24,9 +24,9 @@ def privacy(clip_norm):
     )
 
 
-def build(model, loss=hf.loss, clip_norm=1.0, **options):
+def build(model, loss=hf.loss, clip_norm=1.0, method="torch-bookkeeping", **options):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    return METHODS["torch-bookkeeping"].build(
+    return METHODS[method].build(
         model, optimizer, privacy(clip_norm), loss=loss, physical_batch_size=P, **options
     )
 
@@ -272,7 +272,7 @@ class Direct(nn.Module):
     ("model", "shape", "words"),
     [
         (Mixing, (6,), "mixes examples"),
-        (SequenceFirst, (4, 6), "'linear.*mixes examples"),
+        (SequenceFirst, (5, 6), "'linear.*mixes examples"),
         (SequenceFirst, (3, 6), "'linear' gives .* first axis"),
         (Direct, (6,), "'linear.weight' is used in a way"),
     ],

@@ -7,96 +7,159 @@ pass gives everything, no weight gradient is computed, and nothing is retained t
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpsgd.torch.layers import Rule, rule_for
+from dpsgd.torch.layers.base import Seen, tracing
 from dpsgd.torch.layers.other import Other
 from dpsgd.torch.shared import Meeting
 
 
 class Tap(torch.autograd.Function):
-    """The identity on y; its backward pass gives the zeros beside y what ``made(x, g)`` returns."""
+    """The identity on y; its backward pass gives the zeros beside y what ``made(g, x, y)`` does."""
 
     @staticmethod
-    def forward(ctx, y, x, made, *zeros):
+    def forward(ctx, y, x, made, needs_output, *zeros):
         """``y``, unchanged."""
         ctx.made = made
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*((x, y) if needs_output else (x,)))
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, g):
         """``g`` goes on, unchanged."""
-        return g, None, None, *ctx.made(*ctx.saved_tensors, g)
+        made = ctx.made
+        # In a second backward pass nobody asks for the zeros.
+        found = made(g, *ctx.saved_tensors) if made.wanted else [None] * made.number
+        return g, None, None, None, *found
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What the uses of one run share."""
+
+    examples: int
+    norms_only: bool = False
+    # Memory that lives from run to run, one block for each layer: new pages would cost a write.
+    buffers: dict[str, Tensor] | None = None
+    done: bool = False  # after the first backward pass
 
 
 class Use:
-    """One call of one layer: ``x`` [P·k, …] where it is held, and what came back to its zeros."""
+    """One call of one layer: what is held of it, and what came back to its zeros."""
 
-    def __init__(self, rule: Rule, way: str, x: Tensor | None, zeros: list[Tensor]) -> None:
-        self.rule, self.way, self.x, self.zeros = rule, way, x, zeros
+    def __init__(self, rule: Rule, way: str, setting: Setting, y: Tensor) -> None:
+        self.rule, self.way, self.setting = rule, way, setting
+        self.each = len(y) / setting.examples
+        self.zeros: list[Tensor] = []
         self.found: list[Tensor] = []
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+
+    @property
+    def number(self) -> int:
+        """How many zeros it has."""
+        return len(self.zeros)
+
+    @property
+    def holds(self) -> bool:
+        """Whether x and g stay until the clip factors are known."""
+        if self.way in ("keep", "together"):
+            return False
+        return self.way == "tied" or not self.setting.norms_only
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the first backward pass is running."""
+        return not self.setting.done
+
+    @property
+    def seen(self) -> Seen:
+        """x, g and y, where they are held."""
+        assert self.x is not None
+        return Seen(x=self.x, g=self.found[0], y=self.y, examples=self.setting.examples)
+
+    def shapes(self, y: Tensor) -> list[tuple[int, ...]]:
+        """Of the zeros."""
+        examples, rule = self.setting.examples, self.rule
+        params: list[tuple[int, ...]] = [
+            (examples, *getattr(rule.module, name).shape) for name in rule.trained
+        ]
+        if self.way == "keep":
+            return params + [(examples,)] * len(params)
+        if self.way == "together":
+            return params
+        return [tuple(y.shape)] if self.holds else [(examples,)]
+
+    def __call__(self, g: Tensor, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
+        """What goes back to the zeros."""
+        seen = Seen(x=x, g=g, y=y, examples=self.setting.examples)
+        if self.way == "keep":
+            rows, squares = self.rule.kept(seen, self._buffer)
+            return [*rows, *squares]
+        if self.way == "together":
+            return self.rule.gradients(seen)
+        return [g] if self.holds else [self.rule.squared(seen, self.way)]
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        buffers, name, size = self.setting.buffers, self.rule.name, math.prod(shape)
+        device = self.rule.module.weight.device
+        if buffers is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        if name not in buffers or buffers[name].numel() < size or buffers[name].dtype != dtype:
+            buffers[name] = torch.empty(size, dtype=dtype, device=device)
+        return buffers[name][:size].view(shape)
 
 
 class Run:
     """One recorded forward and backward pass."""
 
-    def __init__(
-        self, examples: int, ways: dict[str, str], meetings: list[Meeting], buffers: dict
-    ) -> None:
-        self.examples, self.ways, self.meetings = examples, ways, meetings
-        self.buffers = buffers  # memory that lives from run to run: new pages cost a write each
+    def __init__(self, setting: Setting, ways: dict[str, str], meetings: list[Meeting]) -> None:
+        self.setting, self.ways, self.meetings = setting, ways, meetings
+        self.examples = setting.examples
         self.uses: list[Use] = []
+        self.shared: dict[int, Tensor] = {}  # gradients [P, *shape] from several places
         self.open = True  # closed before the backward pass: checkpointing calls the layers again
+
+    @property
+    def signature(self) -> tuple:
+        """What was recorded, whatever the number of examples: calls, their axes, meetings."""
+        uses = [(use.rule.name, use.each) for use in self.uses]
+        met = [
+            (meeting.name, tuple(made.ndim for made, _ in meeting.copies))
+            for meeting in self.meetings
+        ]
+        return tuple(uses), tuple(met)
 
     def tapped(self, rule: Rule, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with its tap."""
-        way = self.ways.get(rule.name, "hold")
-        if way == "keep":
-            shapes = [(self.examples, *getattr(rule.module, n).shape) for n in rule.trained]
-            shapes += [(self.examples,)] * len(shapes)
-            key = (rule.name, len(self.uses))
-
-            def buffer(shape, dtype):
-                whole = (*key, shape, dtype)
-                if whole not in self.buffers:
-                    self.buffers[whole] = y.new_empty(shape, dtype=dtype)
-                return self.buffers[whole]
-
-            def made(x, g):
-                rows, squares = rule.kept(x, g, self.examples, buffer)
-                return *rows, *squares
-        elif way == "norm":
-            shapes = [(self.examples,)]
-
-            def made(x, g):
-                return [rule.squared(x, g, self.examples, "gram")]
-        else:
-            shapes = [y.shape]
-
-            def made(x, g):
-                return [g]
-
-        zeros = [y.new_zeros(()).expand(shape).requires_grad_() for shape in shapes]
+        use = Use(rule, self.ways.get(rule.name, "hold"), self.setting, y)
+        use.zeros = [y.new_zeros(()).expand(s).requires_grad_() for s in use.shapes(y)]
         if self.open:
-            held = x.detach() if way != "keep" else None
-            self.uses.append(Use(rule, way, held, zeros))
-        return Tap.apply(y, x.detach(), made, *zeros)
+            if use.holds:
+                use.x, use.y = x.detach(), y.detach() if rule.needs_output else None
+            self.uses.append(use)
+        return Tap.apply(y, x.detach(), use, rule.needs_output, *use.zeros)
 
-    def backward(self, total: Tensor, more: list[Tensor] | None = None) -> list[Tensor | None]:
-        """Run it; fills every use, and returns the gradients of ``more``."""
+    def backward(
+        self, total: Tensor, more: list[Tensor] | None = None, *, again: bool = False
+    ) -> list[Tensor | None]:
+        """Run it, ``again`` later; fill every use and return the gradients of ``more``."""
         self.open = False
         zeros = [z for use in self.uses for z in use.zeros]
         copies = [zero for meeting in self.meetings for _, zero in meeting.copies]
         wanted = [*zeros, *copies, *(more or [])]
         found: list[Tensor | None] = list(
-            torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=bool(more))
+            torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=bool(more) or again)
         )
+        self.setting.done = True
         for use in self.uses:
             use.found = [
                 torch.zeros_like(z) if g is None else g
@@ -125,7 +188,7 @@ class Recorder:
             str, nn.Parameter
         ] = {}  # whole name of each place: a tied one has several
         self._run: Run | None = None
-        self._buffers: dict[tuple, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
             if not own:
@@ -166,19 +229,34 @@ class Recorder:
 
     @contextmanager
     def recording(
-        self, examples: int, ways: dict[str, str] | None = None, *, frozen: bool = True
+        self,
+        examples: int,
+        ways: dict[str, str] | None = None,
+        *,
+        frozen: bool = True,
+        norms_only: bool = False,
     ) -> Iterator[Run]:
         """
         Within it, calls of the model are recorded.
 
         Args:
             examples: P.
-            ways: {layer: ``keep``, ``norm``, anything else holds x and g}.
+            ways: {layer: way}; ``keep`` and ``together`` (used more than once) give gradients, the
+                others hold x and g.
             frozen: compute no weight gradients.
+            norms_only: squared norms come back in place of g; only what is ``tied`` is held.
         """
         own: list[Any] = [p for p in self.params.values() if frozen]
-        meetings = [Meeting(name, self.params[name], examples) for name, _, _ in self.bare]
-        self._run = Run(examples, ways or {}, meetings, self._buffers)
+        # Not the parameter of the start: functional_call puts others in its place.
+        values = [module._parameters[attribute] for _, module, attribute in self.bare]
+        meetings = [
+            Meeting(name, value, examples)
+            for (name, _, _), value in zip(self.bare, values, strict=True)
+        ]
+        fresh = tracing() or any(p.is_cuda for p in self.params.values())
+        buffers = None if fresh else self._buffers
+        setting = Setting(examples=examples, norms_only=norms_only, buffers=buffers)
+        self._run = Run(setting, ways or {}, meetings)
         for meeting, (_, module, attribute) in zip(meetings, self.bare, strict=True):
             del module._parameters[attribute]
             setattr(module, attribute, meeting.start)
@@ -190,9 +268,9 @@ class Recorder:
             self._run = None
             for p in own:
                 p.requires_grad_(True)
-            for name, module, attribute in self.bare:
+            for (_, module, attribute), value in zip(self.bare, values, strict=True):
                 delattr(module, attribute)
-                module._parameters[attribute] = self.params[name]
+                module._parameters[attribute] = value
 
 
 def _no_layer(module: nn.Module) -> bool:

@@ -1,11 +1,27 @@
 """What a rule has to say about its layer, and the layers that are a product of two matrices."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpsgd import cost
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """
+    One call of a layer: ``x`` that it got, ``g`` = dL/dy that came back, ``y`` where it is needed.
+
+    All have the module's own leading axis, which is P = ``examples`` or a multiple of it.
+    """
+
+    x: Tensor
+    g: Tensor
+    examples: int
+    y: Tensor | None = None
 
 
 def fold(t: Tensor, examples: int) -> Tensor:
@@ -13,26 +29,56 @@ def fold(t: Tensor, examples: int) -> Tensor:
     return t.reshape(examples, -1, *t.shape[1:])
 
 
+def wide(t: Tensor) -> torch.dtype:
+    """The dtype that sums are accumulated in: at least float32."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def tracing() -> bool:
+    """Whether operations are being recorded into a graph, which must not depend on values."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
 def square_rows(t: Tensor) -> Tensor:
     """Squared norms of the rows, float32 [P]; accumulated in float32 whatever the dtype."""
-    return torch.linalg.vector_norm(
-        t.flatten(1), dim=1, dtype=torch.promote_types(t.dtype, torch.float32)
-    ).square()
+    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=wide(t)).square()
+
+
+def dot_channels(
+    g: Tensor, x: Tensor, mean: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    (Σ g·(x-mean)·scale, Σ g), each [P, C], over the positions of [P, C, …] in one pass.
+
+    PyTorch's group norm has this reduction for its weight; all examples pass as channels of one.
+    ``mean`` and ``scale`` [P, groups] are 0 and 1 if not given.
+    """
+    rows, channels = g.shape[:2]
+    shape = (1, rows * channels, g[0, 0].numel())
+    if mean is None or scale is None:
+        mean, scale = g.new_zeros(rows), g.new_ones(rows)
+    found = torch.ops.aten.native_group_norm_backward(
+        g.contiguous().view(shape),
+        x.contiguous().view(shape),
+        mean.view(1, -1),
+        scale.view(1, -1),
+        g.new_ones(rows * channels),
+        *shape,
+        mean.numel(),
+        (False, True, True),
+    )
+    return found[1].view(rows, channels), found[2].view(rows, channels)
 
 
 Buffer = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 class Rule:
-    """
-    One module and its own trained parameters.
-
-    ``x`` is what the module got, ``g`` = dL/dy what came back to its output, both with the leading
-    axis of the module. ``examples`` is P.
-    """
+    """One module and its own trained parameters."""
 
     ways: tuple[str, ...] = ("keep",)
     note = ""
+    needs_output = False
 
     def __init__(self, name: str, module: nn.Module, trained: list[str]) -> None:
         self.name, self.module, self.trained = name, module, trained
@@ -43,38 +89,53 @@ class Rule:
         """Whether the rule covers all options of this module."""
         return True
 
-    def gradients(self, x: Tensor, g: Tensor, examples: int) -> list[Tensor]:
+    def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
         raise NotImplementedError
 
-    def layer(self, x: Tensor, g: Tensor, examples: int) -> cost.Layer:
+    def layer(self, seen: Seen) -> cost.Layer:
         """Its sizes, for the plan."""
         numbers = sum(getattr(self.module, n).numel() for n in self.trained)
         return cost.Layer(
             name=self.name,
             kind=type(self.module).__name__ + self.note,
-            examples=examples,
-            positions=max(1, g.numel() // (examples * g.shape[-1])),
+            examples=seen.examples,
+            positions=1,
             inputs=1,
             outputs=numbers,
-            itemsize=g.element_size(),
+            itemsize=seen.g.element_size(),
             ways=self.ways,
         )
 
-    def kept(
-        self, x: Tensor, g: Tensor, examples: int, buffer: Buffer
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """``gradients``, in memory from ``buffer`` where that pays; and the squared norms [P]."""
-        rows = self.gradients(x, g, examples)
+    def kept(self, seen: Seen, buffer: Buffer) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        What :meth:`pulled` makes the gradients of, in memory from ``buffer`` where that pays.
+
+        With it, the squared norms [P] of the gradients.
+        """
+        rows = self.gradients(seen)
         return rows, [square_rows(r) for r in rows]
 
-    def squared(self, x: Tensor, g: Tensor, examples: int, way: str) -> Tensor:
-        """Squared norms [P] of ``gradients``, without keeping them."""
-        return sum(map(square_rows, self.gradients(x, g, examples)))
+    def pulled(self, own: str, rows: Tensor) -> Tensor:
+        """The gradient of parameter ``own`` from what was kept, or from a weighted sum of it."""
+        return rows
 
-    def add(self, x: Tensor, g: Tensor, examples: int, factors: Tensor, into: list[Tensor]) -> None:
+    def add_kept(self, own: str, rows: Tensor, factors: Tensor, view: Tensor) -> None:
+        """``view`` += Σ_p factors_p · gradient_p, from what was kept."""
+        if type(self).pulled is Rule.pulled:
+            add_rows(view, rows, factors)
+        else:
+            total = torch.zeros_like(view)
+            add_rows(total, rows, factors)
+            view.add_(self.pulled(own, total))
+
+    def squared(self, seen: Seen, way: str) -> Tensor:
+        """Squared norms [P] of ``gradients``, without keeping them."""
+        return sum(map(square_rows, self.gradients(seen)))
+
+    def add(self, seen: Seen, factors: Tensor, into: list[Tensor]) -> None:
         """Add Σ_p factors_p · gradient_p to each of ``into``, in place."""
-        for view, rows in zip(into, self.gradients(x, g, examples), strict=True):
+        for view, rows in zip(into, self.gradients(seen), strict=True):
             add_rows(view, rows, factors)
 
 
@@ -82,6 +143,12 @@ def add_rows(view: Tensor, rows: Tensor, factors: Tensor) -> None:
     """``view`` += Σ_p factors_p · rows_p."""
     flat = rows.reshape(len(rows), -1)
     view.view(-1).addmv_(flat.t().to(view.dtype), factors.to(view.dtype))
+
+
+def scale_rows(t: Tensor, factors: Tensor) -> Tensor:
+    """``t`` [P·k, …], each example times its factor."""
+    rows = factors.to(t.dtype).repeat_interleave(len(t) // len(factors))
+    return t * rows.view(-1, *[1] * (t.ndim - 1))
 
 
 class Product(Rule):
@@ -94,7 +161,7 @@ class Product(Rule):
     ways = cost.WAYS
     groups = 1
 
-    def matrices(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    def matrices(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """(X, G)."""
         raise NotImplementedError
 
@@ -106,96 +173,105 @@ class Product(Rule):
         """[P, p·groups]."""
         raise NotImplementedError
 
-    def pulled(self, weight: Tensor) -> Tensor:
-        """Gradient of the parameter, from that of the weight that the product sees."""
-        return weight
+    def sizes(self, seen: Seen) -> tuple[int, int, int]:
+        """(T, d, p)."""
+        inputs, outputs = self.matrices(seen)
+        return inputs.shape[1], inputs.shape[2], outputs.shape[2]
 
-    def layer(self, x: Tensor, g: Tensor, examples: int) -> cost.Layer:
+    def layer(self, seen: Seen) -> cost.Layer:
         """Its sizes, for the plan."""
-        inputs, outputs = self.matrices(x, g, examples)
+        positions, inputs, outputs = self.sizes(seen)
         return cost.Layer(
             name=self.name,
             kind=type(self.module).__name__,
-            examples=examples,
-            positions=inputs.shape[1],
-            inputs=inputs.shape[2],
-            outputs=outputs.shape[2],
+            examples=seen.examples,
+            positions=positions,
+            inputs=inputs,
+            outputs=outputs,
             groups=self.groups,
-            itemsize=g.element_size(),
+            itemsize=seen.g.element_size(),
             ways=self.ways if "weight" in self.trained else ("keep",),
         )
 
-    def gradients(self, x: Tensor, g: Tensor, examples: int) -> list[Tensor]:
+    def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
+
+        def fresh(shape, dtype):
+            return seen.g.new_empty(shape, dtype=dtype)
+
         return [
-            self._weights(x, g, examples) if name == "weight" else self.bias(g, examples)
+            self.pulled(name, self.weights(seen, fresh))
+            if name == "weight"
+            else self.bias(seen.g, seen.examples)
             for name in self.trained
         ]
 
-    def kept(self, x, g, examples, buffer):
+    def kept(self, seen: Seen, buffer: Buffer) -> tuple[list[Tensor], list[Tensor]]:
         """The product goes into memory that is there already: new pages would cost a write each."""
-        if torch.compiler.is_compiling() or type(self).pulled is not Product.pulled:
-            return super().kept(x, g, examples, buffer)
         rows, squares = [], []
         for name in self.trained:
             if name == "weight":
-                inputs, outputs = self.matrices(x, g, examples)
-                out = buffer((len(inputs), outputs.shape[2], inputs.shape[2]), g.dtype)
-                torch.bmm(outputs.mT, inputs, out=out)
-                squares.append(square_rows(out).view(examples, -1).sum(1))
-                rows.append(self.shaped(out.view(examples, -1, out.shape[-1])))
+                rows.append(self.weights(seen, buffer))
+                squares.append(self.square_weights(rows[-1], seen))
             else:
-                rows.append(self.bias(g, examples))
+                rows.append(self.bias(seen.g, seen.examples))
                 squares.append(square_rows(rows[-1]))
         return rows, squares
 
-    def _weights(self, x, g, examples):
-        inputs, outputs = self.matrices(x, g, examples)
-        rows = torch.bmm(outputs.mT, inputs)
-        return self.pulled(self.shaped(rows.view(examples, -1, rows.shape[-1])))
+    def weights(self, seen: Seen, buffer: Buffer) -> Tensor:
+        """[P, *weight.shape], before :meth:`pulled`."""
+        inputs, outputs = self.matrices(seen)
+        if torch.is_grad_enabled() or tracing():
+            rows = torch.bmm(outputs.mT, inputs)
+        else:
+            shape = (len(inputs), outputs.shape[2], inputs.shape[2])
+            rows = torch.bmm(outputs.mT, inputs, out=buffer(shape, inputs.dtype))
+        return self.shaped(rows.view(seen.examples, -1, rows.shape[-1]))
 
-    def squared(self, x: Tensor, g: Tensor, examples: int, way: str) -> Tensor:
+    def square_weights(self, rows: Tensor, seen: Seen) -> Tensor:
+        """Squared norms [P] of the gradients that :meth:`weights` stand for."""
+        return square_rows(rows)
+
+    def squared(self, seen: Seen, way: str) -> Tensor:
         """Squared norms [P], by Gram matrices or by gradients that are dropped at once."""
         total = 0.0
         if "weight" in self.trained:
-            inputs, outputs = self.matrices(x, g, examples)
-            if way == "gram":
-                total = self.gram(inputs, outputs, x, g, examples)
+            if way == "rebuild":
+                total = torch.cat([self._one_squared(seen, i) for i in range(seen.examples)])
             else:
-                each = self.groups
-                total = torch.stack(
-                    [
-                        self.one_squared(inputs[i : i + each], outputs[i : i + each])
-                        for i in range(0, len(inputs), each)
-                    ]
-                )
+                total = self.gram(*self.matrices(seen), seen)
         if "bias" in self.trained:
-            total = total + square_rows(self.bias(g, examples))
+            total = total + square_rows(self.bias(seen.g, seen.examples))
         return total
 
-    def one_squared(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Squared norm of one example's gradient; [groups, T, d] and [groups, T, p]."""
-        rows = torch.bmm(outputs.mT, inputs)
-        return square_rows(self.pulled(self.shaped(rows.flatten(0, 1)))[None])[0]
+    def _one_squared(self, seen: Seen, number: int) -> Tensor:
+        def own(t):
+            each = len(t) // seen.examples
+            return t[number * each : (number + 1) * each]
 
-    def gram(self, inputs: Tensor, outputs: Tensor, x, g, examples: int) -> Tensor:
+        y = None if seen.y is None else own(seen.y)
+        one = Seen(x=own(seen.x), g=own(seen.g), y=y, examples=1)
+
+        def fresh(shape, dtype):
+            return seen.g.new_empty(shape, dtype=dtype)
+
+        return self.square_weights(self.weights(one, fresh), one)
+
+    def gram(self, inputs: Tensor, outputs: Tensor, seen: Seen) -> Tensor:
         """‖GᵀX‖² = ⟨XXᵀ, GGᵀ⟩ [P], accumulated in float32."""
-        wide = torch.promote_types(inputs.dtype, torch.float32)
-        pairs = torch.bmm(inputs, inputs.mT).to(wide) * torch.bmm(outputs, outputs.mT).to(wide)
-        return pairs.view(examples, -1).sum(1).clamp(min=0)
+        dtype = wide(inputs)
+        pairs = torch.bmm(inputs, inputs.mT).to(dtype) * torch.bmm(outputs, outputs.mT).to(dtype)
+        return pairs.view(seen.examples, -1).sum(1).clamp(min=0)
 
-    def add(self, x, g, examples, factors, into) -> None:
+    def add(self, seen: Seen, factors: Tensor, into: list[Tensor]) -> None:
         """Add the weighted sum, by one product over all examples and positions."""
         views = dict(zip(self.trained, into, strict=True))
-        shape = (-1, *[1] * (g.ndim - 1))
-        scaled = g * factors.to(g.dtype).repeat_interleave(len(g) // examples).view(shape)
+        scaled = Seen(x=seen.x, g=scale_rows(seen.g, factors), examples=seen.examples)
         if "weight" in views:
-            inputs, outputs = self.matrices(x, scaled, examples)
-            self.add_product(inputs, outputs, examples, views["weight"])
+            self.add_product(scaled, views["weight"])
         if "bias" in views:
-            views["bias"].add_(self.bias(scaled, examples).sum(0))
+            views["bias"].add_(self.bias(scaled.g, seen.examples).sum(0))
 
-    def add_product(self, inputs, outputs, examples, view) -> None:
+    def add_product(self, seen: Seen, view: Tensor) -> None:
         """``view`` += the weight gradient of the whole batch."""
-        total = torch.bmm(outputs.mT, inputs).view(examples, -1, inputs.shape[-1]).sum(0)
-        view.add_(self.pulled(self.shaped(total)))
+        raise NotImplementedError

@@ -2,14 +2,15 @@
 
 from torch import Tensor
 
-from dpsgd.torch.layers.base import Product, fold
+from dpsgd.torch.layers.base import Product, Seen, fold
 
 
 class Linear(Product):
     """``nn.Linear``: weight [p, d]."""
 
-    def matrices(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    def matrices(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """(X [P, T, d], G [P, T, p])."""
+        x, g, examples = seen.x, seen.g, seen.examples
         return (
             x.reshape(examples, -1, x.shape[-1]).to(g.dtype),
             g.reshape(examples, -1, g.shape[-1]),
@@ -19,9 +20,10 @@ class Linear(Product):
         """[P, p]."""
         return fold(g, examples).flatten(1, -2).sum(1)
 
-    def add_product(self, inputs: Tensor, outputs: Tensor, examples: int, view: Tensor) -> None:
+    def add_product(self, seen: Seen, view: Tensor) -> None:
         """One matrix product over all examples, added in place."""
-        view.addmm_(outputs.flatten(0, 1).t().to(view.dtype), inputs.flatten(0, 1).to(view.dtype))
+        inputs, outputs = (t.flatten(0, 1).to(view.dtype) for t in self.matrices(seen))
+        view.addmm_(outputs.t(), inputs)
 
 
 class TransposedLinear(Linear):
@@ -31,6 +33,6 @@ class TransposedLinear(Linear):
         """[…, p, d] as [d, p]."""
         return weight.mT
 
-    def add_product(self, inputs: Tensor, outputs: Tensor, examples: int, view: Tensor) -> None:
+    def add_product(self, seen: Seen, view: Tensor) -> None:
         """One matrix product over all examples, added in place."""
-        super().add_product(outputs, inputs, examples, view)
+        super().add_product(seen, view.t())

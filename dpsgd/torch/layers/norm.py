@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpsgd.torch.layers.base import Rule, fold
+from dpsgd.torch.layers.base import Rule, Seen, dot_channels, fold
 
 
 class _Scaled(Rule):
@@ -14,15 +14,16 @@ class _Scaled(Rule):
         """x̂."""
         raise NotImplementedError
 
-    def reduced(self, t: Tensor, examples: int) -> Tensor:
-        """Sum over everything but the example and the parameter's own axes."""
-        own = getattr(self.module, self.trained[0]).ndim
-        return fold(t, examples).flatten(1, -own - 1).sum(1)
-
-    def gradients(self, x: Tensor, g: Tensor, examples: int) -> list[Tensor]:
+    def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
+        own = getattr(self.module, self.trained[0]).ndim
+        g = seen.g
+
+        def reduced(t):
+            return fold(t, seen.examples).flatten(1, -own - 1).sum(1)
+
         return [
-            self.reduced(g * self.normalized(x).to(g.dtype) if name == "weight" else g, examples)
+            reduced(g * self.normalized(seen.x).to(g.dtype) if name == "weight" else g)
             for name in self.trained
         ]
 
@@ -54,41 +55,51 @@ class LlamaRMSNorm(_Scaled):
 class EitherLayerNorm(LayerNorm):
     """ConvNeXt's LayerNorm, with channels last or first."""
 
-    def gradients(self, x: Tensor, g: Tensor, examples: int) -> list[Tensor]:
+    def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
         if self.module.data_format == "channels_first":
-            x, g = x.movedim(1, -1), g.movedim(1, -1)
-        return super().gradients(x, g, examples)
+            x, g = seen.x.movedim(1, -1), seen.g.movedim(1, -1)
+            seen = Seen(x=x, g=g, examples=seen.examples)
+        return super().gradients(seen)
 
 
-class GroupNorm(_Scaled):
+class GroupNorm(Rule):
     """``nn.GroupNorm``: channels on axis 1."""
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """x̂."""
-        return F.group_norm(x, self.module.num_groups, eps=self.module.eps)
-
-    def reduced(self, t: Tensor, examples: int) -> Tensor:
-        """[P, C]."""
-        channels = t.flatten(2).sum(2) if t.ndim > 2 else t
-        return channels.view(examples, -1, t.shape[1]).sum(1)
+    def gradients(self, seen: Seen) -> list[Tensor]:
+        """One [P, C] for each trained parameter."""
+        x, g = seen.x.to(seen.g.dtype).contiguous(), seen.g
+        rows, channels, groups = len(x), x.shape[1], self.module.num_groups
+        _, mean, scale = torch.native_group_norm(
+            x, None, None, rows, channels, x[0, 0].numel(), groups, self.module.eps
+        )
+        found = dot_channels(g, x, mean, scale)
+        own = dict(zip(("weight", "bias"), found, strict=True))
+        return [own[name].view(seen.examples, -1, channels).sum(1) for name in self.trained]
 
 
 class ActivatedGroupNorm(GroupNorm):
     """BiT's GroupNorm with its activation: g is first taken back through that."""
+
+    needs_output = True
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """The activation has no parameter of its own."""
         return not list(module.activation.parameters())
 
-    def gradients(self, x: Tensor, g: Tensor, examples: int) -> list[Tensor]:
+    def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
-        if isinstance(self.module.activation, nn.Identity):
-            return super().gradients(x, g, examples)
+        g = self._before_activation(seen)
+        return super().gradients(Seen(x=seen.x, g=g, examples=seen.examples))
+
+    def _before_activation(self, seen: Seen) -> Tensor:
+        module = self.module
+        if isinstance(module.activation, nn.Identity):
+            return seen.g
+        if isinstance(module.activation, nn.ReLU):
+            return torch.ops.aten.threshold_backward(seen.g, seen.y, 0)
         with torch.enable_grad():
-            module = self.module
-            normal = F.group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
+            normal = F.group_norm(seen.x, module.num_groups, module.weight, module.bias, module.eps)
             normal = normal.detach().requires_grad_()
-            (g,) = torch.autograd.grad(module.activation(normal), normal, g)
-        return super().gradients(x, g, examples)
+            return torch.autograd.grad(module.activation(normal), normal, seen.g)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
-from dpsgd.torch.layers.base import Rule, fold
+from dpsgd.torch.layers.base import Rule, Seen, fold
 
 
 class Other(Rule):
@@ -17,7 +17,7 @@ class Other(Rule):
     named: dict[str, Any] = {}  # noqa: RUF012
     busy = False
 
-    def gradients(self, x: Tensor, g: Tensor, examples: int) -> list[Tensor]:
+    def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
         params = {name: getattr(self.module, name).detach() for name in self.trained}
 
@@ -29,6 +29,7 @@ class Other(Rule):
                 return vjp(forward, params)[1](g)[0]
 
         self.busy = True  # this call of the module is not one of the model's
-        found = vmap(one, randomness="different")(fold(x, examples), fold(g, examples))
+        x, g = (fold(t, seen.examples) for t in (seen.x, seen.g))
+        found = vmap(one, randomness="different")(x, g)
         self.busy = False
         return [found[name] for name in self.trained]

@@ -1,0 +1,298 @@
+"""
+What the methods for unmodified models share: the plan, its check, bad examples, compilation.
+
+s = Σ_p c_p g_p,   c_p = min(1, C/‖g_p‖)
+
+A method gives ``_squares`` and ``_add``. If an example's squared norm is not finite, nothing is
+added, and the physical batch is run again with that example masked: its values never enter a sum.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from dpsgd import cost
+from dpsgd.torch.layers import Embedding, Linear
+from dpsgd.torch.layers.base import Seen, fold
+from dpsgd.torch.record import Recorder, Run, Use
+from dpsgd.torch.step import TorchStep, select_rows
+
+CHECKED = 5  # examples of the run that checks and plans; few dimensions of a model are of this size
+_MIXED = (
+    "mixes examples: the loss of one depends on the input of another, so no per-example gradient "
+    "exists"
+)
+
+
+class Recorded(TorchStep):
+    """
+    Exact flat clipping of unmodified models, one physical batch in one recorded run.
+
+    Raises:
+        ValueError: at the first batch, a layer whose gradients cannot be told apart by example.
+    """
+
+    norms_only = False  # hold nothing in the first backward pass; there is a second one
+
+    def __init__(self, model, optimizer, privacy, *, memory_budget_bytes=None, **options) -> None:
+        super().__init__(
+            model, optimizer, privacy, memory_budget_bytes=memory_budget_bytes, **options
+        )
+        self.memory_budget_bytes = memory_budget_bytes
+        self.recorder = Recorder(model)
+        index = {id(p): n for n, p in enumerate(self.params)}
+        self._index = {name: index[id(p)] for name, p in self.recorder.params.items()}
+        self.plan: list[cost.Choice] = []  # made at the first batch
+        self.ways: dict[str, str] = {}
+        self._checked: set[tuple] = set()
+        self._graphs: dict[tuple, Any] = {}
+
+    def explain(self) -> str:
+        """The plan, one line for each layer; empty before the first batch."""
+        return cost.show(self.plan)
+
+    def accumulate(self, inputs, targets, mask) -> None:
+        """Add the clipped gradients of the unmasked examples."""
+        for _ in range(2):
+            attempt = self._compiled_attempt if self.compile else self._attempt
+            finite = attempt(inputs, targets, mask)
+            if finite is None:
+                return
+            mask = mask & finite  # a rare bad example: once more without it
+
+    def norms(self, inputs, targets, mask):
+        """Per-example gradient norms [P]; masked rows are 0."""
+        with self._recording(inputs, targets, mask) as run:
+            losses = self._losses(inputs, targets, mask)
+            self._backward(run, losses, mask)
+            with torch.no_grad():
+                squares = self._squares(run)
+        return torch.where(mask, squares, torch.zeros_like(squares)).sqrt().cpu().numpy()
+
+    # One physical batch
+
+    def _losses(self, inputs, targets, mask):
+        with self.autocast():
+            return self.loss(self.model, select_rows(mask, inputs), targets)
+
+    def _recording(self, inputs, targets, mask):
+        if not self.plan:
+            self._make_plan(inputs, targets, mask)
+        return self.recorder.recording(
+            len(mask),
+            self.ways,
+            frozen=not self.norms_only,
+            norms_only=self.norms_only,
+        )
+
+    def _backward(self, run: Run, losses: Tensor, mask: Tensor) -> None:
+        total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
+        run.backward(total, again=self.norms_only)
+
+    def _attempt(self, inputs, targets, mask) -> Tensor | None:
+        """Add the batch; or, where a squared norm is not finite, say which are."""
+        with self._recording(inputs, targets, mask) as run:
+            losses = self._losses(inputs, targets, mask)
+            self._backward(run, losses, mask)
+            if run.signature not in self._checked:
+                self._check_again(run, inputs, targets, mask)
+            with torch.no_grad():
+                squares = self._squares(run)
+                finite = squares.isfinite()
+                if not bool(finite.all()):
+                    return finite
+            self._add(run, losses, self._factors(squares, mask), self.views)
+        return None
+
+    def _factors(self, squares: Tensor, mask: Tensor) -> Tensor:
+        # ‖g‖ = 0 gives C/0 = inf, clamped to 1.
+        factors = (self.privacy.clip_norm / squares.sqrt()).clamp(max=1)
+        return torch.where(mask, factors, torch.zeros_like(factors))
+
+    def _squares(self, run: Run) -> Tensor:
+        """Squared norms [P], float32."""
+        raise NotImplementedError
+
+    def _add(self, run: Run, losses: Tensor, factors: Tensor, into: list[Tensor]) -> None:
+        """Add Σ_p factors_p · g_p to ``into``, in place."""
+        raise NotImplementedError
+
+    def _shared(self, run: Run) -> dict[int, Tensor]:
+        """{number: [P, *shape]} of the parameters that meet the batch in several places."""
+        found: dict[int, Tensor] = {}
+        rows = [(meeting.name, meeting.gradients()) for meeting in run.meetings]
+        for use in run.uses:
+            if use.way == "together":
+                rows += zip(use.rule.names, use.found, strict=True)
+        for name, each in rows:
+            number = self._index[name]
+            found[number] = found[number] + each if number in found else each
+        return found
+
+    def _tied(self, run: Run) -> list[Tensor]:
+        """Squared norms [P] of tables that are used as an embedding and as a linear layer."""
+        tied: dict[int, list[Use]] = {}
+        for use in run.uses:
+            if use.way == "tied":
+                tied.setdefault(self._index[use.rule.names[0]], []).append(use)
+        found = []
+        for uses in tied.values():
+            table, head = sorted(uses, key=lambda use: not isinstance(use.rule, Embedding))
+            found += [use.rule.squared(use.seen, "gram") for use in uses]
+            found.append(table.rule.crossed(table.seen, *head.rule.matrices(head.seen)))
+        return found
+
+    # Compiled: the whole batch, both passes and the sums, is one graph of ATen operations
+
+    def _compiled_attempt(self, inputs, targets, mask) -> Tensor | None:
+        leaves, tree = tree_flatten((inputs, targets, mask))
+        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        whole = _Whole(self)
+        named = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        named |= {f"model.{n}": b for n, b in self.model.named_buffers()}
+        if key not in self._graphs:
+            if not self.plan:
+                self._make_plan(inputs, targets, mask)
+
+            def batch(named, *leaves):
+                if not self.norms_only:
+                    named = {name: t.detach() for name, t in named.items()}
+                return functional_call(whole, named, tree_unflatten(leaves, tree))
+
+            self._graphs[key] = self.compiled(make_fx(batch)(named, *leaves))
+        with torch.no_grad():
+            squares, *sums = self._graphs[key](named, *leaves)
+            finite = squares.isfinite()
+            if not bool(finite.all()):
+                return finite
+            torch._foreach_add_(self.views, sums)
+        return None
+
+    def _traced(self, inputs, targets, mask) -> list[Tensor]:
+        with self._recording(inputs, targets, mask) as run:
+            losses = self._losses(inputs, targets, mask)
+            self._backward(run, losses, mask)
+            with torch.no_grad():
+                squares = self._squares(run)
+                sums = [torch.zeros_like(p) for p in self.params]
+            self._add(run, losses, self._factors(squares, mask), sums)
+        return [squares, *sums]
+
+    # The plan
+
+    def _make_plan(self, inputs, targets, mask) -> None:
+        """Check the rules on a few examples against plain autograd, and plan by their sizes."""
+        run = self._check(inputs, targets, mask, CHECKED)
+        uses: dict[str, list[Use]] = {}
+        for use in run.uses:
+            uses.setdefault(use.rule.name, []).append(use)
+        layers = []
+        for name, calls in uses.items():
+            layer = calls[0].rule.layer(calls[0].seen)
+            ways = self._allowed(calls, layer.ways)
+            size = self.physical_batch_size
+            layers.append(dataclasses.replace(layer, name=name, examples=size, ways=ways))
+        self.plan = self._planned(layers)
+        self.ways = {choice.layer.name: choice.way for choice in self.plan}
+
+    def _planned(self, layers: list[cost.Layer]) -> list[cost.Choice]:
+        return cost.plan(
+            layers,
+            memory_budget_bytes=self.memory_budget_bytes,
+            balance=cost.BALANCE[self.device.type],
+        )
+
+    def _allowed(self, calls: list[Use], ways: tuple[str, ...]) -> tuple[str, ...]:
+        # Gradients of one parameter add up before they are normed.
+        rule = calls[0].rule
+        places = [n for n, i in self._index.items() if i == self._index[rule.names[0]]]
+        if len(calls) == len(places) == 1:
+            return ways
+        kinds = {type(r) for r in self.recorder.rules if {*r.names} & {*places}}
+        if len(calls) == 1 and kinds == {Embedding, Linear} and len(rule.names) == 1:
+            return ("tied",)
+        return ("together",)
+
+    def _check_again(self, run: Run, inputs, targets, mask) -> None:
+        # Recorded in another way than what was checked: is that right too?
+        self._check(inputs, targets, mask, run.examples)
+        self._checked.add(run.signature)
+
+    def _check(self, inputs, targets, mask, examples: int) -> Run:
+        """
+        A run of ``examples`` examples in which only the first has a loss.
+
+        Its gradient has to be that of plain autograd, and nothing may come back to the others.
+        """
+        rows = torch.arange(examples, device=mask.device) % len(mask)
+        inputs, targets = tree_map(lambda t: t[rows], (select_rows(mask, inputs), targets))
+        floats = [t for t in tree_leaves(inputs) if t.is_floating_point()]
+        floats = [t.detach().requires_grad_() for t in floats]
+        left = list(floats)
+        inputs = tree_map(lambda t: left.pop(0) if t.is_floating_point() else t, inputs)
+        everything = torch.ones(examples, dtype=torch.bool, device=mask.device)
+        with self.recorder.recording(examples, frozen=False) as run:
+            loss = self._losses(inputs, targets, everything)[0]
+            leaves = {self._index[m.name]: m.leaf for m in run.meetings}
+            params = [leaves.get(n, p) for n, p in enumerate(self.params)]
+            wanted = run.backward(loss, [*params, *floats])
+        for g in wanted[len(params) :]:
+            if g is not None and g[1:].abs().max() > 1e-6 * g[0].abs().max():
+                raise ValueError(f"the loss {_MIXED}")
+        with torch.no_grad():
+            self._compare(run, wanted[: len(params)])
+        self._checked.add(run.signature)
+        return run
+
+    def _compare(self, run: Run, wanted: list[Tensor | None]) -> None:
+        got: dict[int, Tensor] = {}
+
+        def take(name, first, others):
+            if others.numel() and others.abs().max() > 1e-6 * first.abs().max():
+                raise ValueError(f"{name!r} {_MIXED}")
+            number = self._index[name]
+            got[number] = got.get(number, 0) + first
+
+        for use in run.uses:
+            seen = use.seen
+            x, g = fold(seen.x, run.examples), fold(seen.g, run.examples)
+            y = None if seen.y is None else fold(seen.y, run.examples)[0]
+            found = use.rule.gradients(Seen(x=x[0], g=g[0], y=y, examples=1))
+            for name, row in zip(use.rule.names, found, strict=True):
+                take(name, row[0], g[1:])
+        for meeting in run.meetings:
+            with torch.enable_grad():
+                found = meeting.gradients()
+            take(meeting.name, found[0], found[1:])
+        exact = [
+            torch.zeros_like(p) if w is None else w
+            for p, w in zip(self.params, wanted, strict=True)
+        ]
+        # Two ways of rounding one gradient: bf16 and tf32 leave few digits.
+        loose = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}[self.precision]
+        length = torch.stack([want.norm() for want in exact]).norm()
+        for number, want in enumerate(exact):
+            off = (got.get(number, torch.zeros_like(want)) - want).norm()
+            if not off <= loose * want.norm() + loose / 100 * length:
+                raise ValueError(
+                    f"parameter {self.names[number]!r} is used in a way that is not understood "
+                    f"(its gradient is off by {float(off / length):.1e} of the whole): freeze it, "
+                    "or use torch-vmap"
+                )
+
+
+class _Whole(nn.Module):
+    """The batch as a module, so that its parameters can be given as arguments."""
+
+    def __init__(self, step: Recorded) -> None:
+        super().__init__()
+        self.model, self.step = step.model, step
+
+    def forward(self, inputs, targets, mask) -> list[Tensor]:
+        """Squared norms [P] and the sums."""
+        return self.step._traced(inputs, targets, mask)
