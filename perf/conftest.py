@@ -92,7 +92,7 @@ def measure(request, benchmark, bench):
                 raise ModuleNotFoundError(f"pip install {' '.join(missing)}")
             bench.measure(case, pedantic, row)
         except BaseException as error:
-            row["status"], row["reason"] = outcome(error)
+            row["status"], row["reason"] = outcome(error, peer=not METHODS[case.method].ours)
             if row["status"] in ("wrong", "error", "interrupted"):
                 raise
             pytest.skip(f"{row['status']}: {row['reason']}")

@@ -27,7 +27,7 @@ def selected(options) -> dict:
     def split(text):
         return text.split(",") if text else None
 
-    if options.rounds < 1:
+    if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds is {options.rounds}; it must be at least 1")
     if options.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device is {options.device!r}; use auto, cpu or cuda")

@@ -182,6 +182,7 @@ def test_every_case_ends_as_a_row_even_when_the_run_is_stopped(tmp_path):
         "torch-opacus": "oom",
         "torch-opacus-ghost": "unsupported",
         "torch-vmap": "interrupted",
+        "torch-bookkeeping": "interrupted",
     }
     assert rows["torch-sgd"]["examples_per_s"] > 0
     assert "conv1" in rows["torch-opacus-ghost"]["reason"]
@@ -222,7 +223,7 @@ def test_profiles_are_nested_and_ids_go_there_and_back():
 
 
 def test_selection_errors():
-    with pytest.raises(ValueError, match="smoke, quick, full, gpu"):
+    with pytest.raises(ValueError, match="smoke, quick, full, full-torch, gpu"):
         cases("fast")
     with pytest.raises(KeyError, match="vit-ti16"):
         cases("quick", models_wanted=["vit-ti"])
