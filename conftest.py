@@ -17,4 +17,12 @@ def pytest_addoption(parser):
     group.addoption("--device", default="auto", help="auto, cpu or cuda")
     group.addoption("--data-dir", default=None, help="CIFAR-100's folder: load it, not digits")
     group.addoption("--save-baseline", action="store_true", help="save as the profile's baseline")
+    group.addoption(
+        "--resume",
+        action="store_true",
+        help="keep each finished case, take over those of an earlier call, measure the rest",
+    )
+    group.addoption(
+        "--any-commit", action="store_true", help="with --resume: also those of another commit"
+    )
     group.addoption("--framework", default=None, help="torch or jax: one, in this process")

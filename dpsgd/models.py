@@ -232,7 +232,7 @@ def _checkpoint(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no *.safetensors file; give the checkpoint's folder")
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for file in files:
         for name, value in load_file(file).items():
             for renames in ((), _OLD_NORMS, _OLD_NAMES):

@@ -11,7 +11,7 @@ def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
     return function(tree, *others)
 
 
-def rows(tree: Any, index: Any) -> Any:
+def take(tree: Any, index: Any) -> Any:
     """``tree[index]`` along the leading axis."""
     return tree_map(lambda array: array[index], tree)
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpsgd import reference
-from dpsgd.tree import rows as rows_of
-from dpsgd.tree import tree_map
+from dpsgd.tree import take, tree_map
 
 REAL = 3  # rows of the checked batch; the rest is padding
 # fp32: float32 rounding; tf32 and bf16 have 10 and 7 bits of mantissa, through some 50 layers.
@@ -28,18 +27,18 @@ class Reference:
         self.case, self.privacy = case, prepared.privacy
         rows = min(REAL, case.physical_batch)
         self.mask = np.arange(case.physical_batch) < rows
-        self.inputs, self.targets = rows_of(prepared.inputs, 0), prepared.targets[0]
+        self.inputs, self.targets = take(prepared.inputs, 0), prepared.targets[0]
         clip_norm = self.privacy.clip_norm if case.row.private else np.inf
         key = (case.row.framework, case.model, case.physical_batch)
         if key not in _CACHE:
             _CACHE.clear()
             found = _gradients(case.row.framework)(
-                model, loss, rows_of(self.inputs, slice(rows)), self.targets[:rows]
+                model, loss, take(self.inputs, slice(rows)), self.targets[:rows]
             )
             _CACHE[key] = list(found)
         self.want = reference.clipped_sum(_CACHE[key], [True] * rows, clip_norm)
         if case.row.ours:
-            other = rows_of(prepared.inputs, 1)
+            other = take(prepared.inputs, 1)
             self.inputs = tree_map(self._with_padding, self.inputs, other)
 
     def _with_padding(self, real: np.ndarray, other: np.ndarray) -> np.ndarray:

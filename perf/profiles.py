@@ -8,6 +8,7 @@ long: ``--resume`` measures them in parts.
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dpsgd import METHODS, methods, models
 
@@ -137,7 +138,7 @@ def _torch(model: str, physical_batch: int, times: int = 8, **more) -> Block:
 
 
 def _gpu(physical_batch: int) -> Block:
-    more = {"modes": ("eager", "compiled"), "precisions": ("fp32", "tf32", "bf16")}
+    more: dict[str, Any] = {"modes": ("eager", "compiled"), "precisions": ("fp32", "tf32", "bf16")}
     return _torch("vit-b16", physical_batch, peers=False, **more)
 
 

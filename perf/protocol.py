@@ -18,7 +18,7 @@ import numpy as np
 
 from dpsgd import PrivacyConfig, models, poisson_batches
 from dpsgd.text import random_text
-from dpsgd.tree import rows
+from dpsgd.tree import take
 from perf import check
 from perf.outcome import WrongResult
 from perf.profiles import Case
@@ -80,7 +80,7 @@ class Prepared:
                 if key not in placed:
                     which = (number % 4, slice(len(part.mask)))
                     placed[key] = self.step.put(
-                        rows(self.inputs, which), self.targets[which], part.mask
+                        take(self.inputs, which), self.targets[which], part.mask
                     )
                 parts.append(placed[key])
             self.batches.append(parts)

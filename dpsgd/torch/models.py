@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from dpsgd.models import ModelSpec, initial_weights
-from dpsgd.tree import length, rows, tree_map
+from dpsgd.tree import length, take, tree_map
 
 
 def _cnn(spec: ModelSpec) -> nn.Module:
@@ -204,7 +204,7 @@ def predict(step, inputs: Any, batch_size: int = 256) -> np.ndarray:
     step.model.eval()
     chunks = []
     for start in range(0, length(inputs), batch_size):
-        chunk = rows(inputs, slice(start, start + batch_size))
+        chunk = take(inputs, slice(start, start + batch_size))
         placed = tree_map(lambda array: torch.from_numpy(array).to(device), chunk)
         chunks.append(logits(step.model, placed).argmax(-1).cpu().numpy())
     step.model.train()
