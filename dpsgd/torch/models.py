@@ -153,6 +153,11 @@ def preload(spec: ModelSpec) -> None:
         importlib.import_module(f"transformers.models.{spec.family}.modeling_{spec.family}")
 
 
+def skeleton(spec: ModelSpec) -> nn.Module:
+    """The model of ``spec`` with values of no meaning."""
+    return _BUILDERS[spec.family](spec)
+
+
 def build(
     spec: ModelSpec, *, seed: int = 0, weights: str | Path | None = None, device: str = "cpu"
 ) -> nn.Module:
@@ -168,7 +173,7 @@ def build(
     Raises:
         ValueError: the checkpoint does not fit the model; the message names the parameter.
     """
-    model = _BUILDERS[spec.family](spec)
+    model = skeleton(spec)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     values = initial_weights(shapes, seed=seed, checkpoint=weights)
     with torch.no_grad():
