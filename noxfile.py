@@ -42,7 +42,13 @@ def perf_cpu(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("framework", ["torch", "jax"])
 def perf_gpu(session: nox.Session, framework: str) -> None:
-    """Measure every method on the GPU, torch then JAX, each in its own environment; one table."""
+    """
+    Measure every method on the GPU, torch then JAX, each in its own environment; one table.
+
+    A long profile of one framework goes in parts, in an environment of yours:
+    `python -m pytest perf --device=cuda --profile=gpu-torch --resume --precision=tf32`, then the
+    other parts that perf/profiles.py lists, then `--resume` alone for the table of all.
+    """
     listed = shutil.which("nvidia-smi") and subprocess.run(
         ["nvidia-smi", "-L"], capture_output=True, check=False
     )

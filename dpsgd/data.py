@@ -1,5 +1,6 @@
 """
-The data sets, framework-free: digits (in scikit-learn), CIFAR-100 (a local folder), synthetic.
+The data sets, framework-free: digits (in scikit-learn), CIFAR-100 (a local folder), synthetic
+images and text.
 
 Images stay in memory as they are stored, and one batch at a time is normalised and resized to what
 the model takes, so that 50,000 images at 224x224 never exist at once. The constants of the
@@ -13,10 +14,13 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dpsgd.models import ModelSpec
+from dpsgd.text import labelled_text
+from dpsgd.tree import take
 
 _MD5 = {
     "train": "16019d7e3df5f24257cddd939b257f8d",
@@ -38,37 +42,40 @@ class Dataset:
 
     Attributes:
         name: as in :func:`load`.
-        train_inputs: as stored, uint8 or float32 [N, c, h, w].
+        train_inputs: as stored, uint8 or float32 [N, c, h, w]; of text a dict of int64 [N, T].
         train_targets: int64 [N].
-        test_inputs: as stored, [M, c, h, w].
+        test_inputs: as stored, with M rows.
         test_targets: int64 [M].
         num_classes: targets are below it.
-        shape: (C, H, W) of what :meth:`batch` gives.
+        shape: (C, H, W) or (T,) of what :meth:`batch` gives.
         scale: stored values are divided by it, then normalised by ``mean`` and ``std``.
         mean: one for each of the c channels.
         std: one for each of the c channels.
     """
 
     name: str
-    train_inputs: np.ndarray
+    train_inputs: Any
     train_targets: np.ndarray
-    test_inputs: np.ndarray
+    test_inputs: Any
     test_targets: np.ndarray
     num_classes: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     scale: float = 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Training examples ``indices`` [P]: float32 [P, C, H, W] and int64 [P]."""
-        return self._images(self.train_inputs[indices]), self.train_targets[indices]
+    def batch(self, indices: np.ndarray) -> tuple[Any, np.ndarray]:
+        """Training examples ``indices`` [P]: float32 [P, C, H, W], or text, and int64 [P]."""
+        return self._inputs(take(self.train_inputs, indices)), self.train_targets[indices]
 
-    def test_batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def test_batches(self, size: int) -> Iterator[tuple[Any, np.ndarray]]:
         """The test set in order, at most ``size`` examples at a time, each as by :meth:`batch`."""
         for start in range(0, len(self.test_targets), size):
             part = slice(start, start + size)
-            yield self._images(self.test_inputs[part]), self.test_targets[part]
+            yield self._inputs(take(self.test_inputs, part)), self.test_targets[part]
+
+    def _inputs(self, stored: Any) -> Any:
+        return stored if isinstance(stored, dict) else self._images(stored)
 
     def _images(self, stored: np.ndarray) -> np.ndarray:
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
@@ -97,7 +104,8 @@ def load(
 
     Args:
         name: ``digits``, ``cifar100`` or ``synthetic``.
-        spec: gives the image side and the channels; may have more classes than the data.
+        spec: gives the image side and the channels, or the tokens; may have more classes than the
+            data.
         data_dir: the folder of CIFAR-100; the others need none.
         seed: of the synthetic data; the split of the digits is always the same one.
 
@@ -105,12 +113,14 @@ def load(
         FileNotFoundError: no data in ``data_dir``; the message gives the layout.
         ValueError: unknown name, a damaged file, or data that does not fit the model.
     """
+    if spec.is_text and name in ("digits", "cifar100"):
+        raise ValueError(f"{name} holds images and {spec.name} takes text: use synthetic")
     if name == "digits":
         dataset = _digits(spec)
     elif name == "cifar100":
         dataset = _cifar100(spec, data_dir)
     elif name == "synthetic":
-        dataset = _synthetic(spec, seed)
+        dataset = _synthetic_text(spec, seed) if spec.is_text else _synthetic(spec, seed)
     else:
         raise ValueError(f"unknown data {name!r}; use one of digits, cifar100, synthetic")
     if dataset.num_classes > spec.num_classes:
@@ -118,7 +128,7 @@ def load(
             f"{name} has {dataset.num_classes} classes and {spec.name} only {spec.num_classes}: "
             "choose another model"
         )
-    channels = dataset.train_inputs.shape[1]
+    channels = 1 if spec.is_text else dataset.train_inputs.shape[1]
     if channels not in (1, spec.channels):
         raise ValueError(
             f"{name} has {channels} channels and {spec.name} takes {spec.channels}: "
@@ -170,6 +180,22 @@ def _synthetic(spec: ModelSpec, seed: int) -> Dataset:
         shape=spec.input_shape,
         mean=(0.0,) * spec.channels,
         std=(2**0.5,) * spec.channels,
+    )
+
+
+def _synthetic_text(spec: ModelSpec, seed: int) -> Dataset:
+    rng = np.random.default_rng(seed)
+    (train_inputs, train_targets), (test_inputs, test_targets) = (
+        labelled_text(spec, count, rng) for count in (2000, 500)
+    )
+    return Dataset(
+        name="synthetic",
+        train_inputs=train_inputs,
+        train_targets=train_targets,
+        test_inputs=test_inputs,
+        test_targets=test_targets,
+        num_classes=spec.num_classes,
+        shape=spec.input_shape,
     )
 
 

@@ -1,8 +1,9 @@
 """
 The model table, framework-free: name → family, sizes, input shape; and seeded initial weights.
 
-A name may carry overrides: ``vit-ti16-64px`` (image side), ``vit-b16-4blocks`` (depth), in either
-order, so that a case id always says what was cut.
+A name may carry overrides, in any order, so that a case id always says what was changed:
+``vit-ti16-64px`` (image side), ``vit-b16-4blocks`` (depth), ``distilbert-64tok`` (sequence length),
+``distilbert-frozenemb`` (the embedding tables are not trained).
 """
 
 import dataclasses
@@ -13,13 +14,20 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One model. ``image_size`` in pixels; ``width`` is the hidden size; ``blocks`` the depth."""
+    """
+    One model; its ``family`` selects the builder.
+
+    ``image_size`` in pixels; ``width`` is the hidden size (of the first stage, in BiT); ``blocks``
+    the depth, ``stages`` that of each stage. Text: ``vocabulary`` > 0, ``sequence_length`` tokens,
+    ``positions`` in the position table, ``pad`` the id of the padding.
+    """
 
     name: str
     family: str
@@ -29,13 +37,31 @@ class ModelSpec:
     patch: int = 16
     width: int = 0
     blocks: int = 0
+    stages: tuple[int, ...] = ()
+    groups: int = 32
     heads: int = 0
     mlp: int = 0
+    vocabulary: int = 0
+    sequence_length: int = 0
+    positions: int = 0
+    pad: int = 0
+    frozen_embeddings: bool = False
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+    def is_text(self) -> bool:
+        """Its inputs are ``input_ids`` and ``attention_mask``."""
+        return self.vocabulary > 0
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, height, width), or (tokens,)."""
+        if self.is_text:
+            return (self.sequence_length,)
         return (self.channels, self.image_size, self.image_size)
+
+    def trains(self, parameter: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return not (self.frozen_embeddings and _EMBEDDINGS & {*parameter.split(".")})
 
     def replace(self, **changes) -> "ModelSpec":
         """A copy with fields changed."""
@@ -55,6 +81,29 @@ def _vit(name: str, width: int, blocks: int, heads: int, patch: int = 16, **more
     )
 
 
+def _bit(name: str, stages: tuple[int, ...], factor: int = 1, **more) -> ModelSpec:
+    return ModelSpec(name=name, family="bit", stages=stages, **{"width": 256 * factor, **more})
+
+
+def _text(name: str, family: str, **more) -> ModelSpec:
+    base = {"width": 768, "blocks": 12, "heads": 12, "sequence_length": 128, "num_classes": 2}
+    spec = ModelSpec(name=name, family=family, **{**base, **_TABLES[family], **more})
+    return spec.replace(mlp=4 * spec.width)
+
+
+# The modules that hold the tables of tokens and positions.
+_EMBEDDINGS = {"embeddings", "wte", "wpe"}
+_TABLES: dict[str, dict[str, Any]] = {
+    "bert": {"vocabulary": 30522, "positions": 512},
+    "distilbert": {"vocabulary": 30522, "positions": 512},
+    "roberta": {"vocabulary": 50265, "positions": 514, "pad": 1},
+    "gpt2": {"vocabulary": 50257, "positions": 1024, "pad": 50256},  # it has no padding of its own
+}
+_SMALL: dict[str, Any] = {
+    **{"width": 16, "blocks": 2, "heads": 2, "num_classes": 3},
+    **{"vocabulary": 40, "positions": 16, "sequence_length": 8},
+}
+
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
@@ -65,6 +114,20 @@ MODELS: dict[str, ModelSpec] = {
         _vit("vit-b16", 768, 12, 12),
         _vit("vit-l16", 1024, 24, 16),
         _vit("vit-h14", 1280, 32, 16, patch=14),
+        _bit("bit-test", (1, 2), width=32, groups=4, image_size=32, num_classes=10),
+        _bit("bit-r50x1", (3, 4, 6, 3)),
+        _bit("bit-r101x1", (3, 4, 23, 3)),
+        _bit("bit-r50x3", (3, 4, 6, 3), 3),
+        _bit("bit-r101x3", (3, 4, 23, 3), 3),
+        _bit("bit-r152x4", (3, 8, 36, 3), 4),
+        _text("bert-test", "bert", **_SMALL),
+        _text("bert-base", "bert"),
+        _text("distilbert-test", "distilbert", **_SMALL),
+        _text("distilbert", "distilbert", blocks=6),
+        _text("roberta-test", "roberta", **_SMALL),
+        _text("roberta-base", "roberta"),
+        _text("gpt2-test", "gpt2", **_SMALL | {"pad": 39}),
+        _text("gpt2", "gpt2"),
     )
 }
 
@@ -77,20 +140,39 @@ def get(name: str) -> ModelSpec:
         KeyError: unknown; the message gives the nearest names.
         ValueError: an override does not fit the model.
     """
-    base, overrides = name, {}
-    while match := re.fullmatch(r"(.+)-(\d+)(px|blocks)", base):
-        base = match[1]
-        overrides["image_size" if match[3] == "px" else "blocks"] = int(match[2])
+    base, overrides, wanted = name, {}, []
+    while match := re.fullmatch(r"(.+)-(?:(\d+)(px|blocks|tok)|(frozenemb))", base):
+        base, kind = match[1], match[3] or match[4]
+        overrides[_FIELDS[kind]] = int(match[2]) if match[2] else True
+        wanted.append(kind)
     if base not in MODELS:
         near = difflib.get_close_matches(base, MODELS, n=3, cutoff=0.3) or list(MODELS)
         raise KeyError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
     spec = MODELS[base]
-    if overrides and spec.family != "vit":
-        raise ValueError(f"{base} takes no override; {name!r} asks for {overrides}")
+    allowed = _TEXT_OVERRIDES if spec.is_text else _IMAGE_OVERRIDES.get(spec.family, ())
+    if refused := [kind for kind in wanted if kind not in allowed]:
+        raise ValueError(
+            f"{name}: {base} takes {', '.join(allowed) if allowed else 'no override'}, "
+            f"not {', '.join(refused)}"
+        )
     size = overrides.get("image_size", spec.image_size)
     if spec.family == "vit" and size % spec.patch:
         raise ValueError(f"{name}: the image side {size} is no multiple of the patch {spec.patch}")
-    return spec.replace(name=name, **overrides)
+    spec = spec.replace(name=name, **overrides)
+    longest = spec.positions - (spec.pad + 1 if spec.family == "roberta" else 0)
+    if spec.is_text and not 2 <= spec.sequence_length <= longest:
+        raise ValueError(f"{name}: {base} takes 2 to {longest} tokens")
+    return spec
+
+
+_FIELDS = {
+    "px": "image_size",
+    "blocks": "blocks",
+    "tok": "sequence_length",
+    "frozenemb": "frozen_embeddings",
+}
+_IMAGE_OVERRIDES = {"vit": ("px", "blocks"), "bit": ("px",)}
+_TEXT_OVERRIDES = ("tok", "blocks", "frozenemb")
 
 
 def initial_weights(
@@ -113,7 +195,7 @@ def initial_weights(
 
 def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     # 1-D weights (norm scales) 1, biases 0, the CNN's layers uniform ±1/√fan_in (torch's default),
-    # everything else a truncated N(0, 0.02²) (ViT's).
+    # BiT's convolutions N(0, 2/fan_out), everything else a truncated N(0, 0.02²).
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "bias":
         return np.zeros(shape, np.float32)
@@ -123,9 +205,15 @@ def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if name.startswith(("conv", "linear")):
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         return rng.uniform(-bound, bound, shape).astype(np.float32)
+    if name.startswith("bit.") and len(shape) == 4:
+        fan_out = shape[0] * math.prod(shape[2:])
+        return np.float32(math.sqrt(2 / fan_out)) * rng.standard_normal(shape, np.float32)
     return np.float32(0.02) * np.clip(rng.standard_normal(shape, np.float32), -2, 2)
 
 
+# New for each task, so that a checkpoint may lack them.
+_HEADS = ("classifier.", "linear.", "pre_classifier.", "score.")
+_OLD_NORMS = ((".gamma", ".weight"), (".beta", ".bias"))  # TensorFlow's
 # Hugging Face's ViT names before transformers 5, which most published checkpoints still carry.
 _OLD_NAMES = (
     ("encoder.layer.", "layers."),
@@ -144,18 +232,19 @@ def _checkpoint(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no *.safetensors file; give the checkpoint's folder")
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for file in files:
         for name, value in load_file(file).items():
-            for old, new in _OLD_NAMES:
-                name = name.replace(old, new)
-            found[name] = value
+            for renames in ((), _OLD_NORMS, _OLD_NAMES):
+                for old, new in renames:
+                    name = name.replace(old, new)
+                found.setdefault(name, value)
     chosen, kept = {}, []
     for name, shape in shapes.items():
-        given = found.get(name, found.get(name.removeprefix("vit.")))  # a bare backbone
+        given = found.get(name, found.get(name.partition(".")[2]))  # a bare backbone
         if given is not None and given.shape == tuple(shape):
             chosen[name] = given.astype(np.float32)
-        elif name.startswith(("classifier.", "linear.")):
+        elif name.startswith(_HEADS):
             kept.append(name)
         else:
             has = "has none" if given is None else f"has shape {given.shape}"

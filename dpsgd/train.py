@@ -92,7 +92,7 @@ def train(
     Args:
         method: a name of :data:`dpsgd.METHODS`.
         model: a name of :data:`dpsgd.models.MODELS`, with overrides or not.
-        data: ``digits``, ``cifar100`` or ``synthetic``.
+        data: ``digits``, ``cifar100`` or ``synthetic``, which is text for a text model.
         data_dir: the folder of CIFAR-100.
         weights: a local checkpoint folder to start from.
         epsilon: the ε to spend, from which σ is calibrated; 8 if neither it nor σ is given.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpsgd import reference
+from dpsgd.tree import take, tree_map
 
 REAL = 3  # rows of the checked batch; the rest is padding
 # fp32: float32 rounding; tf32 and bf16 have 10 and 7 bits of mantissa, through some 50 layers.
@@ -26,18 +27,25 @@ class Reference:
         self.case, self.privacy = case, prepared.privacy
         rows = min(REAL, case.physical_batch)
         self.mask = np.arange(case.physical_batch) < rows
-        self.inputs, self.targets = prepared.inputs[0].copy(), prepared.targets[0]
+        self.inputs, self.targets = take(prepared.inputs, 0), prepared.targets[0]
         clip_norm = self.privacy.clip_norm if case.row.private else np.inf
         key = (case.row.framework, case.model, case.physical_batch)
         if key not in _CACHE:
             _CACHE.clear()
             found = _gradients(case.row.framework)(
-                model, loss, self.inputs[:rows], self.targets[:rows]
+                model, loss, take(self.inputs, slice(rows)), self.targets[:rows]
             )
             _CACHE[key] = list(found)
         self.want = reference.clipped_sum(_CACHE[key], [True] * rows, clip_norm)
         if case.row.ours:
-            self.inputs[~self.mask] = np.nan
+            other = take(prepared.inputs, 1)
+            self.inputs = tree_map(self._with_padding, self.inputs, other)
+
+    def _with_padding(self, real: np.ndarray, other: np.ndarray) -> np.ndarray:
+        # Padding must contribute 0 whatever it holds: NaN, or the ids of other examples.
+        mask = self.mask.reshape(-1, *[1] * (real.ndim - 1))
+        floating = np.issubdtype(real.dtype, np.floating)
+        return np.where(mask, real, np.array(np.nan, real.dtype) if floating else other)
 
     def problem(self, step, clock=time.perf_counter) -> tuple[str, float]:
         """
@@ -103,8 +111,9 @@ def _torch_gradients(model, loss, inputs, targets):
 
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     device = next(iter(named.values())).device
-    for x, y in zip(inputs, targets, strict=True):
-        x, y = (torch.as_tensor(a)[None].to(device) for a in (x, y))
+    for n in range(len(targets)):
+        x = tree_map(lambda a, n=n: torch.as_tensor(a[n : n + 1]).to(device), inputs)
+        y = torch.as_tensor(targets[n : n + 1]).to(device)
         found = torch.autograd.grad(loss(model, x, y)[0], list(named.values()))
         yield {n: g.cpu().numpy() for n, g in zip(named, found, strict=True)}
 

@@ -16,10 +16,13 @@ import pytest
 from dpsgd import METHODS
 from perf import device, memory, runner
 from perf.outcome import outcome
+from perf.partial import Partial
 from perf.profiles import cases
 from perf.protocol import SCHEMA, Bench, blank
 
 ROWS = pytest.StashKey[list]()
+PARTIAL = pytest.StashKey[Partial | None]()
+TIMED = pytest.StashKey[dict]()  # case id → pytest-benchmark's entry, as it is kept
 
 
 def pytest_cmdline_main(config):
@@ -37,13 +40,19 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     """Third parties' warnings are not errors while measuring; the child reports its own way."""
     config.addinivalue_line("filterwarnings", "ignore")
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[PARTIAL], config.stash[TIMED] = [], None, {}
     framework = config.option.framework
     if framework:
         config.option.device = device.resolve(config.option.device)
         try:
             config.stash_wanted = runner.selected(config.option)
             device.require(framework, config.option.device)
+            if config.option.resume:
+                config.stash[PARTIAL] = Partial(
+                    config.option.device,
+                    config.stash_wanted["profile"],
+                    any_commit=config.option.any_commit,
+                )
         except (ValueError, KeyError, RuntimeError) as error:
             raise pytest.UsageError(error.args[0]) from None
         config.option.benchmark_quiet = True
@@ -58,15 +67,37 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", wanted, ids=[case.id for case in wanted])
 
 
-def pytest_collection_finish(session):
-    """Every collected case has a row from the start, so that none can vanish."""
-    config = session.config
-    for item in session.items:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Every selected case has a row from the start, so that none can vanish; finished ones stay."""
+    partial, taken = config.stash[PARTIAL], []
+    for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if case:
+        if not case:
+            continue
+        if found := partial and partial.take(case.id):
+            item.row = found["row"]
+            config.stash[TIMED][case.id] = found["benchmark"]
+            taken.append(item)
+        else:
             item.row = blank(case, runner.selected(config.option)["profile"])
             item.row |= {"status": "interrupted", "reason": "not reached"}
-            config.stash[ROWS].append(item.row)
+        config.stash[ROWS].append(item.row)
+    config.taken = [item.row["case"] for item in taken]
+    items[:] = [item for item in items if item not in taken]
+
+
+def pytest_report_collectionfinish(config):
+    """What is taken over from a run that was not finished."""
+    if not (partial := config.stash[PARTIAL]):
+        return []
+    lines = [f"{len(config.taken)} finished cases are taken over from {partial.folder}"]
+    if partial.refused:
+        lines.append(
+            f"{partial.refused} are measured again: they are of another machine, library or commit "
+            "(--any-commit takes over those of another commit)"
+        )
+    return lines
 
 
 @pytest.fixture(scope="session")
@@ -91,13 +122,22 @@ def measure(request, benchmark, bench):
             if missing := METHODS[case.method].missing():
                 raise ModuleNotFoundError(f"pip install {' '.join(missing)}")
             bench.measure(case, pedantic, row)
+            _keep(request.config, row, benchmark.stats)
         except BaseException as error:
-            row["status"], row["reason"] = outcome(error)
+            row["status"], row["reason"] = outcome(error, peer=not METHODS[case.method].ours)
             if row["status"] in ("wrong", "error", "interrupted"):
                 raise
+            _keep(request.config, row, None)
             pytest.skip(f"{row['status']}: {row['reason']}")
 
     return run
+
+
+def _keep(config, row, stats) -> None:
+    if partial := config.stash[PARTIAL]:
+        entry = stats.as_dict(include_data=True) | {"extra_info": {}} if stats else None
+        config.stash[TIMED][row["case"]] = entry
+        partial.keep(row, entry)
 
 
 def _line(row) -> str:
@@ -166,7 +206,9 @@ def _measure_memory(session, exitstatus) -> None:
     done = {
         row["case"]: row
         for row in config.stash[ROWS]
-        if row["status"] == "ok" and row.get("kind", "step") == "step"
+        if row["status"] == "ok"
+        and row.get("kind", "step") == "step"
+        and "memory_source" not in row
     }
     if not done or exitstatus == 2:
         return
@@ -176,6 +218,8 @@ def _measure_memory(session, exitstatus) -> None:
             done[case_id]["memory_source"] = found["error"]
         else:
             done[case_id] |= found
+        if config.stash[PARTIAL]:
+            config.stash[PARTIAL].keep(done[case_id], config.stash[TIMED][case_id])
 
 
 def _extend(config, output: dict) -> None:
@@ -186,6 +230,11 @@ def _extend(config, output: dict) -> None:
         "fp32 means IEEE float32 products in both frameworks"
     )
     output["rows"] = config.stash[ROWS]
+    rows = {row["case"]: row for row in output["rows"]}
+    entries = {case_id: config.stash[TIMED][case_id] for case_id in config.taken}
+    output["benchmarks"] = output["benchmarks"] + [
+        entry | {"extra_info": rows[case_id]} for case_id, entry in entries.items() if entry
+    ]
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

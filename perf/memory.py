@@ -1,6 +1,7 @@
 """
 Peak memory of one logical step of one method alone: ``python -m perf.memory CASE [CASE …]``.
 
+Inputs cycle, so a few physical batches hold as much as all of them: at most four are run.
 Each case runs in a process of its own, forked before the framework starts a thread or touches the
 device, so that imports are paid once. CUDA: the allocator's peak. CPU: VmHWM during the step, minus
 the resident size before the model is built; where there is no /proc, the process' peak so far.
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dpsgd import models
 from perf.profiles import Case
 
 _STATUS = Path("/proc/self/status")
@@ -49,6 +51,7 @@ def peak(case: Case, device: str) -> dict:
     devices.require(case.row.framework, device)
     before = _resident("VmRSS")
     prepared = Prepared(case, device, ragged=case.ragged, checked=False)
+    prepared.batches = [prepared.batches[0][:4]]
     step: Any = prepared.step
     prepared.run(0)
     if device == "cuda" and case.row.framework == "torch":
@@ -97,10 +100,9 @@ def main() -> None:
     args = parser.parse_args()
     cases = [Case.parse(name) for name in args.cases]
     for case in cases:
-        importlib.import_module(f"dpsgd.{case.row.framework}.models")
+        framework = importlib.import_module(f"dpsgd.{case.row.framework}.models")
+        framework.preload(models.get(case.model))
         importlib.import_module(case.row.target.partition(":")[0])
-        if case.row.framework == "torch" and not case.model.endswith("cnn"):
-            importlib.import_module("transformers.models.vit.modeling_vit")
     # JAX mostly compiles here, which two can do at once; torch's spinning threads would collide.
     at_once = 2 if args.device == "cpu" and cases[0].row.framework == "jax" else 1
     for number, case in enumerate(cases):

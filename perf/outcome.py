@@ -13,8 +13,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def outcome(error: BaseException) -> tuple[str, str]:
-    """(status, reason): oom, missing, unsupported, wrong, interrupted or error."""
+def outcome(error: BaseException, *, peer: bool = False) -> tuple[str, str]:
+    """
+    (status, reason): oom, missing, unsupported, wrong, interrupted or error.
+
+    Whatever a peer raises is a limit of its own, which is a finding and no failure of the run.
+    """
     text = (str(error).splitlines() or [""])[0] or type(error).__name__
     if isinstance(error, WrongResult):
         return "wrong", text
@@ -26,4 +30,6 @@ def outcome(error: BaseException) -> tuple[str, str]:
         return "unsupported", text
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "stopped by the user"
+    if peer and isinstance(error, Exception):
+        return "unsupported", f"{type(error).__name__}: {text}"
     return "error", f"{type(error).__name__}: {text}"

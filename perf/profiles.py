@@ -1,11 +1,14 @@
 """
 What is measured: a case is one method on one model at one size; a profile is a list of cases.
 
-``smoke`` ⊂ ``quick`` ⊂ ``full``, by identical case ids.
+``smoke`` ⊂ ``quick`` ⊂ ``full``, by identical case ids. ``full-torch`` holds the larger comparisons
+of torch's methods at L = 8P, and at L = P and 64P; ``gpu-torch`` those of one large GPU. Both are
+long: ``--resume`` measures them in parts.
 """
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dpsgd import METHODS, methods, models
 
@@ -21,25 +24,34 @@ class Case:
     method: str
     precision: str = "fp32"
     compile: bool = False
+    wanted_batch: int | None = None  # L where it is not the model's usual one
+
+    def __post_init__(self) -> None:
+        if self.wanted_batch == self._usual_batch:  # one case, one id
+            object.__setattr__(self, "wanted_batch", None)
 
     @property
     def id(self) -> str:
-        """``<model>-p<P>-<precision>-<eager|compiled>-<method>``."""
+        """``<model>-p<P>[-l<L>]-<precision>-<eager|compiled>-<method>``."""
         mode = "compiled" if self.compile else "eager"
-        return f"{self.model}-p{self.physical_batch}-{self.precision}-{mode}-{self.method}"
+        size = f"-l{self.wanted_batch}" if self.wanted_batch else ""
+        return f"{self.model}-p{self.physical_batch}{size}-{self.precision}-{mode}-{self.method}"
 
     @classmethod
     def parse(cls, case_id: str) -> "Case":
         """The case of an id."""
-        match = re.fullmatch(r"(.+)-p(\d+)-(fp32|tf32|bf16)-(eager|compiled)-(.+)", case_id)
-        if not match:
-            raise ValueError(f"{case_id!r} is no case id: <model>-p<P>-<precision>-<mode>-<method>")
+        pattern = r"(.+)-p(\d+)(?:-l(\d+))?-(fp32|tf32|bf16)-(eager|compiled)-(.+)"
+        if not (match := re.fullmatch(pattern, case_id)):
+            raise ValueError(
+                f"{case_id!r} is no case id: <model>-p<P>[-l<L>]-<precision>-<mode>-<method>"
+            )
         return cls(
             model=match[1],
             physical_batch=int(match[2]),
-            precision=match[3],
-            compile=match[4] == "compiled",
-            method=match[5],
+            wanted_batch=int(match[3]) if match[3] else None,
+            precision=match[4],
+            compile=match[5] == "compiled",
+            method=match[6],
         )
 
     @property
@@ -54,8 +66,32 @@ class Case:
 
     @property
     def expected_batch(self) -> int:
-        """L: 8P for the small CNN, 4P for the rest."""
+        """L; usually 8P for the small CNN, 4P for the rest."""
+        return self.wanted_batch or self._usual_batch
+
+    @property
+    def _usual_batch(self) -> int:
         return (8 if models.get(self.model).family == "cnn" else 4) * self.physical_batch
+
+    @property
+    def long(self) -> bool:
+        """A step of so many physical batches that few of them are timed."""
+        return self.expected_batch >= 32 * self.physical_batch
+
+    @property
+    def rounds(self) -> int:
+        """Timed rounds; too few of long steps for a verdict of ``perf.compare``."""
+        return 3 if self.long else 9
+
+    @property
+    def warm_up(self) -> int:
+        """Rounds before them; a long step follows the check, which has warmed it up."""
+        return 0 if self.long else 2
+
+    @property
+    def draws(self) -> int:
+        """Rounds cycle through as many logical batches."""
+        return 1 if self.long else 3
 
     @property
     def ragged(self) -> bool:
@@ -64,24 +100,83 @@ class Case:
         return self.row.accepts_ragged and free
 
 
-_CNN = ("digits-cnn", 64, ("eager",), ("fp32",))
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Cases of one model and size: each registered method that the fields let in, in each mode."""
+
+    model: str
+    physical_batch: int
+    times: int | None = None  # L/P, where it is not the model's usual one
+    modes: tuple[str, ...] = ("eager",)  # torch's; JAX always compiles
+    precisions: tuple[str, ...] = ("fp32",)
+    frameworks: tuple[str, ...] = ("torch", "jax")
+    peers: bool = True
+    without: tuple[str, ...] = ()
+
+    def takes(self, row: methods.Method) -> bool:
+        """Whether the method has cases here."""
+        kept = row.framework in self.frameworks and row.name not in self.without
+        return kept and (row.ours or self.peers)
+
+    def case(self, method: str, mode: str, precision: str) -> Case:
+        """One case."""
+        return Case(
+            model=self.model,
+            physical_batch=self.physical_batch,
+            precision=precision,
+            compile=mode == "compiled",
+            method=method,
+            wanted_batch=self.times * self.physical_batch if self.times else None,
+        )
+
+
+def _torch(model: str, physical_batch: int, times: int = 8, **more) -> Block:
+    # vmap holds P gradients as Opacus does and is slower: it has its place in the smaller profiles.
+    without = ("torch-vmap", *more.pop("without", ()))
+    options = {"times": times, "frameworks": ("torch",), "without": without, **more}
+    return Block(model=model, physical_batch=physical_batch, **options)
+
+
+def _gpu(physical_batch: int) -> Block:
+    more: dict[str, Any] = {"modes": ("eager", "compiled"), "precisions": ("fp32", "tf32", "bf16")}
+    return _torch("vit-b16", physical_batch, peers=False, **more)
+
+
+_CNN = Block(model="digits-cnn", physical_batch=64)
 # Cut to 3 blocks, or compiling 12 of them in JAX would take most of the time of the quick profile.
-_TINY = ("vit-ti16-3blocks-64px", 16, ("eager",), ("fp32",))
-# (model, P, torch modes, precisions)
-PROFILES: dict[str, tuple[tuple[str, int, tuple[str, ...], tuple[str, ...]], ...]] = {
+_TINY = Block(model="vit-ti16-3blocks-64px", physical_batch=16)
+_BOTH: tuple[str, ...] = ("eager", "compiled")
+PROFILES: dict[str, tuple[Block, ...]] = {
     "smoke": (_CNN,),
     "quick": (_CNN, _TINY),
     "full": (
         _CNN,
         _TINY,
-        ("vit-ti16-4blocks", 16, ("eager", "compiled"), ("fp32",)),
-        ("vit-s16-4blocks", 8, ("eager",), ("fp32",)),
+        Block(model="vit-ti16-4blocks", physical_batch=16, modes=_BOTH),
+        Block(model="vit-s16-4blocks", physical_batch=8),
+    ),
+    # On 2 cores, where a physical batch of vit-ti16 takes SGD 0.8 s: ViT-Ti 15 min, ViT-S 16, BiT
+    # 10, DistilBERT 8, compiled 4, L = P 2, memory 6; and L = 64P, of 3 rounds, 24. So
+    # `--resume -k "not l1024"` takes an hour, and `--resume` then the rest.
+    "full-torch": (
+        _torch("vit-ti16", 16),
+        _torch("vit-s16", 8, without=("torch-opacus-ghost",)),
+        _torch("bit-r50x1-128px", 8),
+        _torch("distilbert-64tok", 8),  # Opacus cannot run its position table: a row that says so
+        _torch("distilbert-64tok-frozenemb", 8),
+        _torch("vit-ti16-4blocks", 16, modes=("compiled",), peers=False),
+        _torch("vit-ti16", 16, times=1, without=("torch-opacus-ghost",)),
+        _torch("vit-ti16", 16, times=64, without=("torch-opacus-ghost",)),
     ),
     "gpu": (
         _CNN,
-        ("vit-ti16", 128, ("eager", "compiled"), ("fp32", "bf16")),
-        ("vit-b16", 32, ("eager", "compiled"), ("fp32", "bf16")),
+        Block(model="vit-ti16", physical_batch=128, modes=_BOTH, precisions=("fp32", "bf16")),
+        Block(model="vit-b16", physical_batch=32, modes=_BOTH, precisions=("fp32", "bf16")),
     ),
+    # In parts of 8 minutes on one H200 (estimated: SGD at fp32 makes 400 examples a second):
+    # `--resume --precision fp32 -k "p256 and eager"`, `… -k "p256 and compiled"`, `… -k p64`,
+    # `--resume --precision tf32`, `--resume --precision bf16`; `--resume` alone gives the whole.
+    "gpu-torch": (_gpu(64), _gpu(256)),
 }
 
 
@@ -95,38 +190,43 @@ def cases(
     modes: tuple[str, ...] | None = None,
 ) -> list[Case]:
     """
-    The cases of a profile, narrowed by what is asked for; a model outside of it runs at P=16.
+    The cases of a profile, narrowed by what is asked for.
+
+    A model outside of the profile runs at P=16, with the methods of the profile's first model.
 
     Raises:
         ValueError, KeyError: an unknown profile, method, model, precision or mode.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; use one of {', '.join(PROFILES)}")
-    names = [methods.get(name).name for name in methods_wanted or METHODS]
-    rows = list(PROFILES[profile])
-    if models_wanted:
-        known = {row[0]: row for row in rows}
-        default = (16, ("eager",), ("fp32",))
-        rows = [known.get(m, (models.get(m).name, *default)) for m in models_wanted]
+    for name in precisions or ():
+        if name not in PRECISIONS:
+            raise ValueError(f"unknown precision {name!r}; use {', '.join(PRECISIONS)}")
+    for name in modes or ():
+        if name not in _BOTH:
+            raise ValueError(f"unknown mode {name!r}; use eager, compiled or both")
+    rows = [methods.get(name) for name in methods_wanted or METHODS]
     found = []
-    for model, physical, torch_modes, own_precisions in rows:
-        for precision in precisions or own_precisions:
-            if precision not in PRECISIONS:
-                raise ValueError(f"unknown precision {precision!r}; use {', '.join(PRECISIONS)}")
-            for name in names:
-                is_jax = METHODS[name].framework == "jax"
-                if framework and METHODS[name].framework != framework:
-                    continue
-                for mode in ("compiled",) if is_jax else modes or torch_modes:
-                    if mode not in ("eager", "compiled"):
-                        raise ValueError(f"unknown mode {mode!r}; use eager, compiled or both")
-                    found.append(
-                        Case(
-                            model=model,
-                            physical_batch=physical,
-                            precision=precision,
-                            compile=mode == "compiled",
-                            method=name,
-                        )
-                    )
+    for block in _blocks(profile, models_wanted):
+        for precision in precisions or block.precisions:
+            for number, mode in enumerate(modes or block.modes):
+                for row in rows:
+                    if framework not in (None, row.framework) or not block.takes(row):
+                        continue
+                    if row.framework == "torch" or number == 0:
+                        its_mode = mode if row.framework == "torch" else "compiled"
+                        found.append(block.case(row.name, its_mode, precision))
+    if not found and framework is None:
+        raise ValueError(f"the profile {profile} has no case of {', '.join(methods_wanted or [])}")
     return found
+
+
+def _blocks(profile: str, models_wanted: list[str] | None) -> list[Block]:
+    blocks, found = PROFILES[profile], []
+    for name in models_wanted or []:
+        models.get(name)
+        other = replace(
+            blocks[0], model=name, physical_batch=16, modes=("eager",), precisions=("fp32",)
+        )
+        found += [block for block in blocks if block.model == name] or [other]
+    return found or list(blocks)

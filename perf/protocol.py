@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from dpsgd import PrivacyConfig, models, poisson_batches
+from dpsgd.text import random_text
+from dpsgd.tree import take
 from perf import check
 from perf.outcome import WrongResult
 from perf.profiles import Case
 
 SEED = 20240617
 NUM_EXAMPLES = 50_000
-DRAWS = 3  # rounds cycle through as many logical batches
-WARMUP = 2
 LEARNING_RATE = 1e-6
 SCHEMA = 1
 
@@ -44,9 +44,13 @@ class Prepared:
             steps=1000,
         )
         rng = np.random.default_rng(SEED)
-        shape = (4, case.physical_batch, *spec.input_shape)
-        self.inputs = rng.standard_normal(shape, np.float32)
-        self.targets = rng.integers(0, spec.num_classes, shape[:2])
+        shape = (4, case.physical_batch)
+        self.inputs: Any = (
+            random_text(spec, shape, rng)
+            if spec.is_text
+            else rng.standard_normal((*shape, *spec.input_shape), np.float32)
+        )
+        self.targets = rng.integers(0, spec.num_classes, shape)
         if checked:
             self.reference = check.Reference(case, model, framework.cross_entropy, self)
         self.step = case.row.build(
@@ -68,15 +72,15 @@ class Prepared:
             padded=not ragged,
         )
         self.sizes, self.batches, placed = [], [], {}
-        for logical in itertools.islice((d for d in draws if d.size), DRAWS):
+        for logical in itertools.islice((d for d in draws if d.size), case.draws):
             self.sizes.append(logical.size)
             parts = []
             for number, part in enumerate(logical):
                 key = (number % 4, len(part.mask), int(part.mask.sum()))
                 if key not in placed:
-                    which, rows, _ = key
+                    which = (number % 4, slice(len(part.mask)))
                     placed[key] = self.step.put(
-                        self.inputs[which, :rows], self.targets[which, :rows], part.mask
+                        take(self.inputs, which), self.targets[which], part.mask
                     )
                 parts.append(placed[key])
             self.batches.append(parts)
@@ -86,7 +90,7 @@ class Prepared:
 
     def run(self, draw: int) -> None:
         """One whole step on draw number ``draw``."""
-        for part in self.batches[draw % DRAWS]:
+        for part in self.batches[draw % len(self.batches)]:
             self.step.accumulate(*part)
         self.step.update()
         self.step.synchronize()
@@ -136,7 +140,9 @@ def blank(case: Case, profile: str) -> dict[str, Any]:
         "framework": case.row.framework,
         "model": case.model,
         "model_overrides": [
-            part for part in case.model.split("-") if part.endswith(("px", "blocks"))
+            part
+            for part in case.model.split("-")
+            if part.endswith(("px", "blocks", "tok", "frozenemb"))
         ],
         "precision": case.precision,
         "compile": case.compile,
@@ -155,7 +161,9 @@ def blank(case: Case, profile: str) -> dict[str, Any]:
 class Bench:
     """Measures cases in one process; keeps the last SGD step, which the next case may share."""
 
-    def __init__(self, device: str, rounds: int, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self, device: str, rounds: int | None, clock: Callable[[], float] = time.perf_counter
+    ):
         self.device, self.rounds, self.clock = device, rounds, clock
         self._kept: tuple[Any, Prepared] | None = None
 
@@ -183,10 +191,11 @@ class Bench:
         sgd = self._sgd(case) if case.row.private else None
         if not case.row.static_shapes:
             compiled = subject.step.compiles()
-            cold = [timed(subject.run, k, clock=self.clock) for k in range(DRAWS)]
+            cold = [timed(subject.run, k, clock=self.clock) for k in range(case.draws)]
             row["recompiles"] = subject.step.compiles() - compiled
             row["examples_per_s_with_recompiles"] = sum(subject.sizes) / sum(cold)
         compiled, baseline, draws = subject.step.compiles(), [], itertools.count()
+        rounds, warm_up = self.rounds or case.rounds, case.warm_up
 
         def setup():
             draw = next(draws)
@@ -197,14 +206,14 @@ class Bench:
 
         gc.disable()
         try:
-            seconds = pedantic(subject.run, setup=setup, rounds=self.rounds, warmup_rounds=WARMUP)
-            last = WARMUP + self.rounds - 1
+            seconds = pedantic(subject.run, setup=setup, rounds=rounds, warmup_rounds=warm_up)
+            last = warm_up + rounds - 1
             if sgd:
                 baseline.append(timed(sgd.run, last, clock=self.clock))
         finally:
             gc.enable()
-        sizes = [subject.sizes[k % DRAWS] for k in range(WARMUP, last + 1)]
-        row |= self._summary(seconds, sizes, baseline[WARMUP:] if sgd else None)
+        sizes = [subject.sizes[k % case.draws] for k in range(warm_up, last + 1)]
+        row |= self._summary(seconds, sizes, baseline[warm_up:] if sgd else None)
         row["update_s"] = self._update_seconds(subject)
         if case.row.static_shapes:
             row["recompiles"] = subject.step.compiles() - compiled
@@ -242,6 +251,7 @@ class Bench:
     def _update_seconds(self, subject: Prepared) -> float:
         found = []
         for draw in range(3):
+            draw %= len(subject.batches)
             subject.step.accumulate(*subject.batches[draw][0])
             subject.step.synchronize()
 
@@ -261,7 +271,7 @@ class Bench:
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # free it before the next one is built
             prepared = Prepared(case.baseline, self.device, ragged=case.ragged, checked=False)
-            for draw in range(DRAWS):  # ragged shapes compile here, not in a timed round
+            for draw in range(case.draws):  # ragged shapes compile here, not in a timed round
                 prepared.run(draw)
             self._kept = (key, prepared)
         return self._kept[1]

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from perf import device, saved, table
+from perf.partial import Partial, left
 from perf.profiles import cases
 
 
@@ -27,7 +28,7 @@ def selected(options) -> dict:
     def split(text):
         return text.split(",") if text else None
 
-    if options.rounds < 1:
+    if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds is {options.rounds}; it must be at least 1")
     if options.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device is {options.device!r}; use auto, cpu or cuda")
@@ -73,7 +74,19 @@ def run(options, arguments: list[str]) -> int:
     shutil.rmtree(parts, ignore_errors=True)
     if not found:
         return worst or 5
-    finish(found, baseline=options.save_baseline and not worst)
+    merged, complete = saved.merge(found), True
+    if options.resume:
+        every = [case.id for case in cases(wanted["profile"])]
+        missing = left(merged["rows"], every)
+        complete = not missing
+        if not complete:
+            print(
+                f"{len(every) - len(missing)} of {len(every)} cases of the profile "
+                f"{wanted['profile']} are in this run: go on with --resume"
+            )
+    finish(found, baseline=options.save_baseline and complete and not worst)
+    if options.resume and complete:
+        Partial(where, wanted["profile"]).remove()
     return worst
 
 

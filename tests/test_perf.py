@@ -1,6 +1,7 @@
 """The measurements: pairing, rows, checks, comparison, what is saved when things fail."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpsgd import METHODS, methods
 from perf import check, compare, outcome, protocol, runner, saved, table
 from perf.profiles import PROFILES, Case, cases
 
@@ -160,6 +162,15 @@ def test_outcomes_are_told_apart():
         (KeyboardInterrupt(), "interrupted"),
     ):
         assert outcome.outcome(error)[0] == status
+    for error, status in (
+        (RuntimeError("stack expects each tensor to be equal size"), "unsupported"),
+        (OutOfMemoryError("CUDA"), "oom"),
+        (outcome.WrongResult("sum"), "wrong"),
+        (KeyboardInterrupt(), "interrupted"),
+    ):
+        found = outcome.outcome(error, peer=True)
+        assert found[0] == status
+        assert str(error) in found[1] or status == "interrupted"
 
 
 def child(tmp_path, *options):
@@ -182,6 +193,7 @@ def test_every_case_ends_as_a_row_even_when_the_run_is_stopped(tmp_path):
         "torch-opacus": "oom",
         "torch-opacus-ghost": "unsupported",
         "torch-vmap": "interrupted",
+        "torch-bookkeeping": "interrupted",
     }
     assert rows["torch-sgd"]["examples_per_s"] > 0
     assert "conv1" in rows["torch-opacus-ghost"]["reason"]
@@ -221,8 +233,46 @@ def test_profiles_are_nested_and_ids_go_there_and_back():
             assert Case.parse(case.id) == case
 
 
+def test_the_expected_batch_is_in_the_id_where_it_is_unusual():
+    usual = Case(model="vit-ti16", physical_batch=16, method="torch-vmap")
+    assert usual == Case.parse("vit-ti16-p16-fp32-eager-torch-vmap")
+    assert dataclasses.replace(usual, wanted_batch=64) == usual, "4P is the usual L of a ViT"
+    long = dataclasses.replace(usual, wanted_batch=1024)
+    assert long.id == "vit-ti16-p16-l1024-fp32-eager-torch-vmap"
+    assert Case.parse(long.id) == long
+    assert long.baseline.id == "vit-ti16-p16-l1024-fp32-eager-torch-sgd"
+    assert protocol.blank(long, "full-torch")["expected_batch"] == 1024
+    assert [(c.rounds, c.warm_up, c.draws) for c in (usual, long)] == [(9, 2, 3), (3, 0, 1)]
+    assert long.rounds < compare.MINIMUM_ROUNDS, "so that its verdict is unclear"
+
+
+def test_a_long_step_is_measured_in_few_rounds_that_say_so(monkeypatch):
+    clock, case = Clock(), dataclasses.replace(CNN, wanted_batch=64 * 64)
+    kind = fake_prepared(clock, {"torch-vmap": 0.003, "torch-sgd": 0.001}, drift=0)
+    monkeypatch.setattr(protocol, "Prepared", kind)
+    row = protocol.blank(case, "full-torch")
+    protocol.Bench("cpu", None, clock).measure(case, replay(clock), row)
+    assert row["rounds"] == len(row["ratios"]) == 3
+    assert row["sizes"] == [500] * 3
+    assert row["slowdown"] == pytest.approx(3)
+
+
+def test_a_profile_takes_what_is_registered(monkeypatch):
+    before = cases("full-torch")
+    assert {case.row.framework for case in before} == {"torch"}
+    new = methods.Method(name="torch-new", target="x:X", baseline="torch-sgd", source="")
+    monkeypatch.setitem(METHODS, new.name, new)
+    monkeypatch.delitem(METHODS, "torch-bookkeeping")
+    after = cases("full-torch")
+    assert len(after) == len(before)
+    assert [c.method for c in after].count("torch-new") == 8
+    assert all(case.row.ours for case in cases("gpu-torch"))
+    with pytest.raises(ValueError, match="no case of jax-masked"):
+        cases("full-torch", methods_wanted=["jax-masked"])
+
+
 def test_selection_errors():
-    with pytest.raises(ValueError, match="smoke, quick, full, gpu"):
+    with pytest.raises(ValueError, match="smoke, quick, full, full-torch, gpu"):
         cases("fast")
     with pytest.raises(KeyError, match="vit-ti16"):
         cases("quick", models_wanted=["vit-ti"])

@@ -97,6 +97,10 @@ class ViT(nnx.Module):
         return self.classifier(self.vit.layernorm(x)[:, 0])
 
 
+def preload(spec: ModelSpec) -> None:
+    """Import what :func:`build` needs: all of it is imported with this module."""
+
+
 def build(
     spec: ModelSpec, *, seed: int = 0, weights: str | Path | None = None, device: str | None = None
 ) -> nnx.Module:
@@ -110,9 +114,13 @@ def build(
         device: ``cpu``, ``cuda`` or None for JAX's own choice.
 
     Raises:
-        ValueError: the checkpoint does not fit the model; the message names the parameter.
+        ValueError: no twin of this model; or the checkpoint does not fit it, and the message names
+            the parameter.
     """
-    kind = {"cnn": CNN, "vit": ViT}[spec.family]
+    kinds = {"cnn": CNN, "vit": ViT}
+    if spec.family not in kinds:
+        raise ValueError(f"{spec.name} has no JAX twin yet: use a torch method, or a ViT")
+    kind = kinds[spec.family]
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(spec, nnx.Rngs(0))))
     values = initial_weights(layouts.shapes(state), seed=seed, checkpoint=weights)
     with jax.default_device(jax.devices(device)[0] if device else None):

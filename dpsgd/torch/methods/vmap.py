@@ -59,4 +59,12 @@ class Vmap(TorchStep):
         params = {n: p.detach() for n, p in zip(self.names, self.params, strict=True)}
         # The fused attention kernels have no batching rule: vmap would run them one by one.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return self._sum_and_norms(params, inputs, targets, mask)
+            try:
+                return self._sum_and_norms(params, inputs, targets, mask)
+            except RuntimeError as error:
+                if "data-dependent control flow" not in str(error):
+                    raise
+                raise ValueError(
+                    "the model branches on the values of its inputs (Hugging Face text models do, "
+                    "on the attention mask), which vmap cannot: use torch-bookkeeping"
+                ) from error
