@@ -1,0 +1,30 @@
+"""What the Triton kernels share."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+
+def configs(names: Sequence[str], *rows: Sequence[int]) -> list[triton.Config]:
+    """One for each row: the sizes that ``names`` names, then warps and stages."""
+    return [
+        triton.Config(dict(zip(names, sizes, strict=True)), num_warps=warps, num_stages=stages)
+        for *sizes, warps, stages in rows
+    ]
+
+
+def exact(t: Tensor) -> bool:
+    """Whether products of ``t`` are float32's own, which no tensor core has."""
+    return t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def too_old(t: Tensor) -> bool:
+    """Whether the device lacks the bfloat16 and TF32 that the kernels are written for."""
+    return t.is_cuda and torch.cuda.get_device_capability(t.device) < (8, 0)
+
+
+def smallest(configs: Sequence[triton.Config], *names: str) -> tuple[int, ...]:
+    """The smallest that tuning may choose of each of ``names``."""
+    return tuple(min(config.kwargs[name] for config in configs) for name in names)
