@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ try:
 except ImportError:
     triton = None
 
+OLD = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 needs_triton = pytest.mark.skipif(triton is None, reason="no Triton: pip install triton")
-STACK_BYTES = 32  # a few scalars; a tile that spills takes hundreds
+STACK_BYTES = 64  # a few scalars; a tile that spills takes hundreds
 # Tuning tries it for the sake of newer devices, and will not choose it there.
 SPILLS = {(80, "tf32", (128, 64))}
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that one block may have
@@ -94,6 +96,7 @@ def test_the_package_needs_no_triton():
 
 
 @needs_triton
+@pytest.mark.skipif(OLD, reason="its interpreter does not run with NumPy 2.4: triton>=3.7 does")
 def test_kernels_under_the_interpreter():
     path = pathlib.Path(__file__).with_name("interpreted_kernels.py")
     run = subprocess.run(
@@ -213,9 +216,10 @@ def test_all_that_tuning_tries_compiles_without_spills(capability, precision, tm
 def test_a_tile_that_spills_is_rejected(tmp_path):
     from dpsgd.torch.kernels import gram
 
-    deep = triton.Config({"BLOCK": 64, "DEPTH": 64}, num_warps=4, num_stages=3)
+    # Two tiles of 128 × 128 in 128 threads: 256 registers each, one more than there are.
+    large = triton.Config({"BLOCK": 128, "DEPTH": 16}, num_warps=4, num_stages=3)
     with pytest.raises(AssertionError, match="STACK"):
-        assert_fits(code(gram, 80, "ieee", deep), 80, tmp_path)
+        assert_fits(code(gram, 90, "bf16", large), 90, tmp_path)
 
 
 @needs_triton
@@ -248,14 +252,13 @@ CALLS = {
 
 
 @needs_triton
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", CALLS)
 def test_traced_without_a_break_and_nothing_is_thought_changed(name, monkeypatch):
     """`torch.compile` sees the kernel itself, and that it writes only to what it writes to."""
     call, arguments, written = CALLS[name]
     monkeypatch.setattr(kernels, "available", lambda t: True)
-    monkeypatch.setattr(triton.runtime.driver, "_active", Device())
+    monkeypatch.setattr(triton.runtime, "driver", types.SimpleNamespace(active=Device()))
     graphs = []
 
     def record(graph, _):

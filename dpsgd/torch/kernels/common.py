@@ -25,6 +25,6 @@ def too_old(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.get_device_capability(t.device) < (8, 0)
 
 
-def smallest(configs: Sequence[triton.Config], *names: str) -> tuple[int, ...]:
-    """The smallest that tuning may choose of each of ``names``."""
-    return tuple(min(config.kwargs[name] for config in configs) for name in names)
+def smallest(configs: Sequence[triton.Config], name: str) -> int:
+    """The smallest ``name`` that tuning may choose."""
+    return min(config.kwargs[name] for config in configs)

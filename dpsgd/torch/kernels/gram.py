@@ -23,7 +23,13 @@ CONFIGS = configs(
 )
 # Float32's own products unroll the depth, in registers: a deep tile spills.
 CONFIGS_EXACT = configs(
-    SIZES, (32, 16, 4, 4), (64, 16, 4, 4), (64, 16, 8, 4), (64, 32, 8, 3), (128, 8, 8, 4)
+    SIZES,
+    (32, 16, 4, 4),
+    (64, 16, 4, 4),
+    (64, 16, 8, 4),
+    (64, 32, 8, 3),
+    (128, 16, 8, 2),
+    (128, 16, 16, 2),
 )
 
 
@@ -111,5 +117,5 @@ def squares(X: Tensor, G: Tensor, bias: bool) -> Tensor:
     if too_old(X):
         return gram_squares_plain(X, G, bias)
     if exact(X):
-        return launch(wrap_triton(tuned_exact), *smallest(CONFIGS_EXACT, "BLOCK"), X, G, bias)
-    return launch(wrap_triton(tuned), *smallest(CONFIGS, "BLOCK"), X, G, bias)
+        return launch(wrap_triton(tuned_exact), smallest(CONFIGS_EXACT, "BLOCK"), X, G, bias)
+    return launch(wrap_triton(tuned), smallest(CONFIGS, "BLOCK"), X, G, bias)

@@ -96,10 +96,11 @@ def launch(kernel, block: tuple[int, int], X: Tensor, G: Tensor, out: Tensor | N
 def _run(X: Tensor, G: Tensor, out: Tensor | None) -> Tensor:
     if too_old(X):
         return weight_gradient_squares_plain(X, G, out)[1]
+    choices = CONFIGS_EXACT if exact(X) else CONFIGS
+    block = smallest(choices, "ROWS"), smallest(choices, "COLUMNS")
     if exact(X):
-        block = smallest(CONFIGS_EXACT, "ROWS", "COLUMNS")
         return launch(wrap_triton(tuned_exact), block, X, G, out)
-    return launch(wrap_triton(tuned), smallest(CONFIGS, "ROWS", "COLUMNS"), X, G, out)
+    return launch(wrap_triton(tuned), block, X, G, out)
 
 
 @triton_op("dpsgd::weight_gradient_squares", mutates_args=())
