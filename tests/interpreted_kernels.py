@@ -7,6 +7,7 @@ triton is imported.
 
 import importlib.util
 import itertools
+import os
 import pathlib
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="pip install triton")
 
 from triton.runtime import interpreter

@@ -96,6 +96,15 @@ def test_the_package_needs_no_triton():
 
 
 @needs_triton
+def test_strides_that_32_bits_cannot_take_go_to_the_twin():
+    from dpsgd.torch.kernels.common import unfit
+
+    near, far = (torch.empty(2, 3, size, device="meta") for size in ((1 << 24) - 1, 1 << 24))
+    assert not unfit(near, near)
+    assert unfit(near, far)
+
+
+@needs_triton
 @pytest.mark.skipif(OLD, reason="its interpreter does not run with NumPy 2.4: triton>=3.7 does")
 def test_kernels_under_the_interpreter():
     path = pathlib.Path(__file__).with_name("interpreted_kernels.py")

@@ -4,10 +4,11 @@ Fused Triton kernels for per-example norms and clipped sums, each with a plain P
 Legend: X [P, T, d] what went into a layer, G [P, T, p] = dL/dy; example i's weight gradient is
 GᵢᵀXᵢ [p, d]; s bytes per number. Any sizes, any strides (transposed views are not copied).
 
-A function runs its kernel on CUDA tensors where Triton is installed, and its ``*_plain`` twin
-anywhere else; both may be called inside ``torch.compile(fullgraph=True)``. Nothing is
-differentiable. All sums are without atomics: the same input gives the same bits on one device, as
-long as tuning (once for each T, d, p and dtype) chose the same tile.
+A function runs its kernel on CUDA tensors (of the current device, compute capability ≥ 8.0) where
+Triton is installed, and its ``*_plain`` twin anywhere else; both may be called inside
+``torch.compile(fullgraph=True)``. Nothing is differentiable. All sums are without atomics: the same
+input gives the same bits on one device, as long as tuning (once for each T, d, p and dtype) chose
+the same tile.
 
 Matrix products accumulate in float32. Float32 inputs are multiplied in TF32 where torch's own
 products are (``torch.set_float32_matmul_precision("high")``), else exactly.

@@ -20,9 +20,12 @@ def exact(t: Tensor) -> bool:
     return t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
-def too_old(t: Tensor) -> bool:
-    """Whether the device lacks the bfloat16 and TF32 that the kernels are written for."""
-    return t.is_cuda and torch.cuda.get_device_capability(t.device) < (8, 0)
+def unfit(*tensors: Tensor) -> bool:
+    """Whether the device lacks bfloat16 and TF32, or a tile spans more than 32 bits can count."""
+    first = tensors[0]
+    if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return True
+    return any(stride >= 1 << 24 for t in tensors for stride in t.stride()[1:])  # tiles of 128
 
 
 def smallest(configs: Sequence[triton.Config], name: str) -> int:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from dpsgd.torch.kernels.common import configs, exact, smallest, too_old
+from dpsgd.torch.kernels.common import configs, exact, smallest, unfit
 from dpsgd.torch.kernels.plain import gram_squares_plain
 
 SIZES = ("BLOCK", "DEPTH")
@@ -114,7 +114,7 @@ def launch(kernel, block: int, X: Tensor, G: Tensor, bias: bool, **blocks: int) 
 @triton_op("dpsgd::gram_squares", mutates_args=())
 def squares(X: Tensor, G: Tensor, bias: bool) -> Tensor:
     """[P], float32."""
-    if too_old(X):
+    if unfit(X, G):
         return gram_squares_plain(X, G, bias)
     if exact(X):
         return launch(wrap_triton(tuned_exact), smallest(CONFIGS_EXACT, "BLOCK"), X, G, bias)

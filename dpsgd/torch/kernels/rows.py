@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from dpsgd.torch.kernels.common import too_old
+from dpsgd.torch.kernels.common import unfit
 from dpsgd.torch.kernels.plain import weighted_rows_plain
 
 BLOCKS = {"ROWS": 8, "COLUMNS": 512}
@@ -50,7 +50,7 @@ def launch(kernel, rows: Tensor, factors: Tensor, into: Tensor, **blocks: int) -
 @triton_op("dpsgd::weighted_rows", mutates_args=("into",))
 def add(rows: Tensor, factors: Tensor, into: Tensor) -> None:
     """In place."""
-    if too_old(rows):
+    if unfit(rows):
         weighted_rows_plain(rows, factors, into)
     else:
         launch(wrap_triton(kernel), rows, factors, into, **BLOCKS)

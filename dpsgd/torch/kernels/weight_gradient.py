@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from dpsgd.torch.kernels.common import configs, exact, smallest, too_old
+from dpsgd.torch.kernels.common import configs, exact, smallest, unfit
 from dpsgd.torch.kernels.plain import weight_gradient_squares_plain
 
 SIZES = ("ROWS", "COLUMNS", "DEPTH")
@@ -94,7 +94,7 @@ def launch(kernel, block: tuple[int, int], X: Tensor, G: Tensor, out: Tensor | N
 
 
 def _run(X: Tensor, G: Tensor, out: Tensor | None) -> Tensor:
-    if too_old(X):
+    if unfit(X, G, *(() if out is None else (out,))):
         return weight_gradient_squares_plain(X, G, out)[1]
     choices = CONFIGS_EXACT if exact(X) else CONFIGS
     block = smallest(choices, "ROWS"), smallest(choices, "COLUMNS")
