@@ -199,7 +199,8 @@ def optimizer(model: nn.Module, name: str, learning_rate: float) -> torch.optim.
     kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     if name not in kinds:
         raise ValueError(f"unknown optimizer {name!r}; use one of {', '.join(kinds)}")
-    return kinds[name]([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return kinds[name](trained, lr=learning_rate, fused=True)
 
 
 @torch.no_grad()

@@ -200,7 +200,24 @@ class Recorder:
                 self.bare += [(dotted + n, module, n) for n in own]
                 continue
             self.rules.append(rule)
-            module.register_forward_hook(self._hook(rule), with_kwargs=True)
+            self._watch(rule)
+
+    def _watch(self, rule: Rule) -> None:
+        hook, given = self._hook(rule), []
+        if rule.inner is None:
+            rule.module.register_forward_hook(hook, with_kwargs=True)
+            return
+
+        def before(module, args):
+            given[:] = args
+
+        def within(module, args):
+            taken = tuple(given)
+            given.clear()
+            return hook(module, taken, {}, args[0])
+
+        rule.module.register_forward_pre_hook(before)
+        getattr(rule.module, rule.inner).register_forward_pre_hook(within)
 
     def _hook(self, rule: Rule):
         def hook(module, args, kwargs, y):
@@ -262,6 +279,8 @@ class Recorder:
             setattr(module, attribute, meeting.start)
         for p in own:
             p.requires_grad_(False)
+        for rule in self.rules:
+            rule.start()
         try:
             yield self._run
         finally:

@@ -2,10 +2,9 @@
 What every torch method shares: checks, precision, one flat sum, noise once, the optimizer.
 
 The sum of a logical batch lives in one flat buffer with a view per parameter, so that noise is one
-in-place draw and clearing is one call.
+in-place pass and clearing is one call.
 """
 
-import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+
+from dpsgd.torch.noise import Noise
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -95,14 +96,16 @@ class TorchStep:
         self.views = [
             v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params, strict=True)
         ]
-        self.generator = torch.Generator(self.device)
-        self.generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+        self.noise = Noise(self.device, seed)
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
     def compiled(self, function: Callable) -> Callable:
         """``function``, through torch.compile where asked for; a graph break is an error."""
-        return torch.compile(function, fullgraph=True, dynamic=False) if self.compile else function
+        if not self.compile:
+            return function
+        mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
+        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast where the precision asks for it."""
@@ -121,9 +124,9 @@ class TorchStep:
         """Noise once, divide by L, the optimizer, clear."""
         std = self.privacy.noise_multiplier * self.privacy.clip_norm
         if self.private and std > 0:
-            noise = torch.empty_like(self.flat).normal_(generator=self.generator)
-            self.flat.add_(noise, alpha=std)
-        self.flat.div_(self.privacy.expected_batch_size)
+            self.noise.add(self.flat, std, self.privacy.expected_batch_size)
+        else:
+            self.flat.div_(self.privacy.expected_batch_size)
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         self.optimizer.step()

@@ -79,6 +79,7 @@ class Rule:
     ways: tuple[str, ...] = ("keep",)
     note = ""
     needs_output = False
+    inner: str | None = None  # the submodule whose input is the y of this rule
 
     def __init__(self, name: str, module: nn.Module, trained: list[str]) -> None:
         self.name, self.module, self.trained = name, module, trained
@@ -88,6 +89,9 @@ class Rule:
     def takes(cls, module: nn.Module) -> bool:
         """Whether the rule covers all options of this module."""
         return True
+
+    def start(self) -> None:
+        """Compute what one run needs more than once."""
 
     def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""

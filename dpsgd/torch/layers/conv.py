@@ -113,12 +113,13 @@ class StandardizedConv(Conv):
 
     needs_output = True
 
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def start(self) -> None:
         """The weight [p, K], its mean, 1/s and ‖ŵ‖², all but the first [p]."""
-        flat = self.module.weight.detach().flatten(1)
-        variance, mean = self._variance(flat)
-        scale = (variance + self.module.eps).rsqrt()
-        return flat, mean, scale, flat.shape[1] * variance * scale.square()
+        with torch.no_grad():
+            flat = self.module.weight.detach().flatten(1)
+            variance, mean = self._variance(flat)
+            scale = (variance + self.module.eps).rsqrt()
+            self.moments = flat, mean, scale, flat.shape[1] * variance * scale.square()
 
     @staticmethod
     def _variance(flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,7 @@ class StandardizedConv(Conv):
         """Gradient […, p, …] of ŵ to that of w: the backward pass of a batch norm over channels."""
         if own != "weight":
             return rows
-        flat, mean, scale, _ = self._moments()
+        flat, mean, scale, _ = self.moments
         each = rows.numel() // flat.numel()
         shape = (1, each * len(flat), flat.shape[1])
         return torch.ops.aten.native_batch_norm_backward(
@@ -160,7 +161,7 @@ class StandardizedConv(Conv):
 
     def _less(self, sums: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         # What ‖∂ŵ‖² is lessened by [P, p], given Σ∂ŵ [P, p]; and 1/s².
-        flat, _, scale, lengths = self._moments()
+        flat, _, scale, lengths = self.moments
         size, y = flat.shape[1], seen.y
         assert y is not None
         if self.module.bias is not None:

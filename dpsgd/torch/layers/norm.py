@@ -79,27 +79,11 @@ class GroupNorm(Rule):
 
 
 class ActivatedGroupNorm(GroupNorm):
-    """BiT's GroupNorm with its activation: g is first taken back through that."""
+    """BiT's GroupNorm with its activation: dL/dy is taken before that."""
 
-    needs_output = True
+    inner = "activation"
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """The activation has no parameter of its own."""
         return not list(module.activation.parameters())
-
-    def gradients(self, seen: Seen) -> list[Tensor]:
-        """One [P, *shape] for each trained parameter."""
-        g = self._before_activation(seen)
-        return super().gradients(Seen(x=seen.x, g=g, examples=seen.examples))
-
-    def _before_activation(self, seen: Seen) -> Tensor:
-        module = self.module
-        if isinstance(module.activation, nn.Identity):
-            return seen.g
-        if isinstance(module.activation, nn.ReLU):
-            return torch.ops.aten.threshold_backward(seen.g, seen.y, 0)
-        with torch.enable_grad():
-            normal = F.group_norm(seen.x, module.num_groups, module.weight, module.bias, module.eps)
-            normal = normal.detach().requires_grad_()
-            return torch.autograd.grad(module.activation(normal), normal, seen.g)[0]

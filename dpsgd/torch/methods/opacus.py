@@ -6,6 +6,7 @@ examples are dropped, and an empty physical batch skipped, outside of Opacus.
 Its clip factor is C/(‖g‖+1e-6), capped at 1.
 """
 
+import secrets
 import warnings
 
 import numpy as np
@@ -27,13 +28,16 @@ class Opacus(TorchStep):
         if self.compile:
             raise ValueError("every Opacus hook breaks torch.compile's graph: run it eager")
         self.module = self.wrapper(model, loss_reduction="sum", **self._wrapper_options())
+        seed = options.get("seed")
+        generator = torch.Generator(self.device)
+        generator.manual_seed(secrets.randbits(63) if seed is None else seed)
         self.dp_optimizer = self.wrapped_optimizer(
             optimizer,
             noise_multiplier=privacy.noise_multiplier,
             max_grad_norm=privacy.clip_norm,
             expected_batch_size=privacy.expected_batch_size,
             loss_reduction="sum",
-            generator=self.generator,
+            generator=generator,
         )
 
     def _wrapper_options(self) -> dict:
