@@ -14,7 +14,7 @@ Framework-free. A layer with T positions, d inputs and p outputs per example can
 Sources: arXiv:2110.05679 (Gram), arXiv:2210.00038 (one backward pass).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WAYS = ("keep", "gram", "rebuild")
@@ -80,19 +80,31 @@ class Choice:
 
 
 def plan(
-    layers: Sequence[Layer], *, memory_budget_bytes: int | None = None, balance: float = 10.0
+    layers: Sequence[Layer],
+    *,
+    memory_budget_bytes: int | None = None,
+    balance: float = 10.0,
+    seconds: Mapping[tuple[str, str], float] | None = None,
 ) -> list[Choice]:
     """
     The fastest way for each layer; slower and smaller ones where the budget asks for it.
 
+    ``seconds`` {(layer's name, way): measured} take the place of what the sizes tell.
+
     Raises:
         ValueError: not even the smallest plan fits; the message says what it needs.
     """
+    measured = seconds or {}
+
+    def effort(layer: Layer, way: str) -> float:
+        return measured.get((layer.name, way), layer.effort(way, balance))
+
     chosen = {
-        layer: min(layer.ways, key=lambda way: (layer.effort(way, balance), layer.held(way)))
+        layer: min(layer.ways, key=lambda way: (effort(layer, way), layer.held(way)))
         for layer in layers
     }
-    why = {layer: "fastest" if len(layer.ways) > 1 else "the only one" for layer in layers}
+    fastest = "fastest as measured" if measured else "fastest"
+    why = {layer: fastest if len(layer.ways) > 1 else "the only one" for layer in layers}
 
     def total() -> int:
         return sum(layer.held(way) for layer, way in chosen.items())
@@ -112,7 +124,7 @@ def plan(
 
         def price(swap):
             layer, way, saved = swap
-            return (layer.effort(way, balance) - layer.effort(chosen[layer], balance)) / saved
+            return (effort(layer, way) - effort(layer, chosen[layer])) / saved
 
         layer, way, _ = min(swaps, key=price)
         chosen[layer], why[layer] = way, "smaller, for the budget"

@@ -64,10 +64,13 @@ def assert_right(step, model, inputs, targets, mask, loss=hf.loss, tolerance=1e-
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=tolerance * scale)
 
 
+OURS = ["torch-bookkeeping", "torch-ghost"]
+
+
 @functools.cache
-def prepared(name):
+def prepared(name, method="torch-bookkeeping"):
     model = hf.build(name)
-    step = build(model)
+    step = build(model, method=method)
     inputs, targets = hf.batch(name, P)
     step.norms(*step.put(inputs, targets, np.ones(P, bool)))
     return model, step, dict(step.ways)
@@ -89,35 +92,65 @@ def test_models_of_hugging_face(name, way, mask, seed):
     assert_right(step, model, *hf.batch(name, P, seed), np.array(mask))
 
 
+@pytest.mark.parametrize("name", hf.BUILD)
+def test_ghost_on_models_of_hugging_face(name):
+    model, step, _ = prepared(name, "torch-ghost")
+    assert_right(step, model, *hf.batch(name, P, 3), np.array([True, False, True, True]))
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in hf.BUILD if n != "vit")]
+)
+def test_compiled_in_one_graph(name, method):
+    model = hf.build(name)
+    step = build(model, method=method, compile=True)
+    before = step.compiles()
+    inputs, targets = hf.batch(name, P)
+    for mask in ([True, True, False, True], [False] * P):
+        placed = step.put(inputs, targets, np.array(mask))
+        got = step.clipped_sum(*placed)
+        step.compile = False
+        want = step.clipped_sum(*placed)
+        step.compile = True
+        for n in want:
+            np.testing.assert_allclose(got[n], want[n], atol=1e-5)
+    assert step.compiles() - before == 1
+
+
 def test_nothing_of_hugging_face_falls_back():
     for name in hf.BUILD:
         kinds = {type(rule).__name__ for rule in prepared(name)[1].recorder.rules}
         assert "Other" not in kinds, name
 
 
+@pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("name", ["vit", "bert"])
-def test_gradient_checkpointing(name):
+def test_gradient_checkpointing(name, method):
     model = hf.build(name)
     model.train()
     model.gradient_checkpointing_enable()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    assert_right(build(model), model, *hf.batch(name, P), np.ones(P, bool))
+    assert_right(build(model, method=method), model, *hf.batch(name, P), np.ones(P, bool))
 
 
-def test_frozen_parts_stay_out():
+@pytest.mark.parametrize("method", OURS)
+def test_frozen_parts_stay_out(method):
     model = hf.build("distilbert")
     for p in model.distilbert.embeddings.parameters():
         p.requires_grad_(False)
     for n, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and not n.endswith("q_lin.bias"))
-    assert_right(build(model), model, *hf.batch("distilbert", P), np.ones(P, bool))
+    step = build(model, method=method)
+    assert_right(step, model, *hf.batch("distilbert", P), np.ones(P, bool))
     assert not model.distilbert.embeddings.word_embeddings.weight.requires_grad
     assert model.classifier.weight.requires_grad
 
 
-def test_lora():
+@pytest.mark.parametrize("method", OURS)
+def test_lora(method):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
     with warnings.catch_warnings():
@@ -126,7 +159,8 @@ def test_lora():
     for n, p in model.named_parameters():
         if "lora_B" in n:
             nn.init.normal_(p)
-    assert_right(build(model.eval()), model, *hf.batch("bert", P), np.ones(P, bool))
+    step = build(model.eval(), method=method)
+    assert_right(step, model, *hf.batch("bert", P), np.ones(P, bool))
 
 
 # Layers
@@ -192,11 +226,12 @@ LAYERS = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("way", cost.WAYS)
-def test_layers(layer, way):
+@pytest.mark.parametrize("method", OURS)
+def test_layers(layer, way, method):
     torch.manual_seed(0)
     make, shape = LAYERS[layer]
     model, rng = make(), np.random.default_rng(0)
-    step, mask = build(model, each), np.array([True, True, False, True])
+    step, mask = build(model, each, method=method), np.array([True, True, False, True])
     inputs, targets = rng.standard_normal((P, *shape), np.float32), np.zeros(P, np.int64)
     step.norms(*step.put(inputs, targets, mask))
     step.ways = {c.layer.name: way if way in c.layer.ways else c.way for c in step.plan}
@@ -233,6 +268,53 @@ def test_a_budget_makes_the_plan_smaller_or_says_what_it_needs():
     assert held(memory_budget_bytes=free - 1) < free
     with pytest.raises(ValueError, match="the smallest plan holds"):
         held(memory_budget_bytes=10)
+
+
+def test_the_plan_can_be_measured():
+    step = build(hf.build("bit"), measure=True)
+    inputs, targets = hf.batch("bit", P)
+    assert_right(step, step.model, inputs, targets, np.ones(P, bool))
+    assert "as measured" in step.explain()
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bad_example_contributes_nothing(method, compiled):
+    model = hf.build("vit")
+    step = build(model, method=method, compile=compiled)
+    inputs, targets = hf.batch("vit", P)
+    bad = inputs.copy()
+    bad[1] = np.float32(1e30)  # finite, but nothing of its gradient is
+    everything, others = np.ones(P, bool), np.array([True, False, True, True])
+    want = step.clipped_sum(*step.put(inputs, targets, others))
+    got = step.clipped_sum(*step.put(bad, targets, everything))
+    for n in want:
+        np.testing.assert_allclose(got[n], want[n], atol=1e-6)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))  # then no example is good
+    got = step.clipped_sum(*step.put(inputs, targets, everything))
+    assert not any(g.any() for g in got.values())
+
+
+class Coincident(nn.Module):
+    """Expands a parameter to an axis that happens to be as long as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table = nn.Linear(6, 6), nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x):
+        rows = self.table.expand(P, -1)
+        return self.linear(x) + rows.cumsum(0)[-1]
+
+
+def test_a_coincidence_of_sizes_is_refused_and_never_wrong():
+    step = build(Coincident(), each)
+    inputs = np.random.default_rng(0).standard_normal((P, 6), np.float32)
+    with pytest.raises(ValueError, match="'table'"):
+        step.clipped_sum(*step.put(inputs, np.zeros(P, int), np.ones(P, bool)))
+    short = step.put(inputs[:3], np.zeros(3, int), np.ones(3, bool))
+    step.clipped_sum(*short)
 
 
 # What cannot be clipped

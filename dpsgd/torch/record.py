@@ -57,7 +57,6 @@ class Use:
 
     def __init__(self, rule: Rule, way: str, setting: Setting, y: Tensor) -> None:
         self.rule, self.way, self.setting = rule, way, setting
-        self.each = len(y) / setting.examples
         self.zeros: list[Tensor] = []
         self.found: list[Tensor] = []
         self.x: Tensor | None = None
@@ -127,16 +126,6 @@ class Run:
         self.uses: list[Use] = []
         self.shared: dict[int, Tensor] = {}  # gradients [P, *shape] from several places
         self.open = True  # closed before the backward pass: checkpointing calls the layers again
-
-    @property
-    def signature(self) -> tuple:
-        """What was recorded, whatever the number of examples: calls, their axes, meetings."""
-        uses = [(use.rule.name, use.each) for use in self.uses]
-        met = [
-            (meeting.name, tuple(made.ndim for made, _ in meeting.copies))
-            for meeting in self.meetings
-        ]
-        return tuple(uses), tuple(met)
 
     def tapped(self, rule: Rule, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with its tap."""

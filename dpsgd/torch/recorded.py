@@ -9,6 +9,7 @@ added, and the physical batch is run again with that example masked: its values 
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from dpsgd import cost
 from dpsgd.torch.layers import Embedding, Linear
 from dpsgd.torch.layers.base import Seen, fold
+from dpsgd.torch.measure import seconds
 from dpsgd.torch.record import Recorder, Run, Use
 from dpsgd.torch.step import TorchStep, select_rows
 
@@ -33,23 +35,29 @@ class Recorded(TorchStep):
     """
     Exact flat clipping of unmodified models, one physical batch in one recorded run.
 
+    Args, beyond those of every method:
+        memory_budget_bytes: what the plan may hold until the clip factors are known.
+        measure: time every way of every layer once, at the first batch, and plan by that.
+
     Raises:
         ValueError: at the first batch, a layer whose gradients cannot be told apart by example.
     """
 
     norms_only = False  # hold nothing in the first backward pass; there is a second one
 
-    def __init__(self, model, optimizer, privacy, *, memory_budget_bytes=None, **options) -> None:
+    def __init__(
+        self, model, optimizer, privacy, *, memory_budget_bytes=None, measure=False, **options
+    ) -> None:
         super().__init__(
             model, optimizer, privacy, memory_budget_bytes=memory_budget_bytes, **options
         )
-        self.memory_budget_bytes = memory_budget_bytes
+        self.memory_budget_bytes, self.measure = memory_budget_bytes, measure
         self.recorder = Recorder(model)
         index = {id(p): n for n, p in enumerate(self.params)}
         self._index = {name: index[id(p)] for name, p in self.recorder.params.items()}
         self.plan: list[cost.Choice] = []  # made at the first batch
         self.ways: dict[str, str] = {}
-        self._checked: set[tuple] = set()
+        self._sizes: set[int] = set()
         self._graphs: dict[tuple, Any] = {}
 
     def explain(self) -> str:
@@ -67,9 +75,9 @@ class Recorded(TorchStep):
 
     def norms(self, inputs, targets, mask):
         """Per-example gradient norms [P]; masked rows are 0."""
-        with self._recording(inputs, targets, mask) as run:
-            losses = self._losses(inputs, targets, mask)
-            self._backward(run, losses, mask)
+        self._ready(inputs, targets, mask)
+        with self._recording(mask) as run:
+            self._backward(run, self._losses(inputs, targets, mask), mask)
             with torch.no_grad():
                 squares = self._squares(run)
         return torch.where(mask, squares, torch.zeros_like(squares)).sqrt().cpu().numpy()
@@ -80,15 +88,18 @@ class Recorded(TorchStep):
         with self.autocast():
             return self.loss(self.model, select_rows(mask, inputs), targets)
 
-    def _recording(self, inputs, targets, mask):
+    def _recording(self, mask):
+        return self.recorder.recording(
+            len(mask), self.ways, frozen=not self.norms_only, norms_only=self.norms_only
+        )
+
+    def _ready(self, inputs, targets, mask) -> None:
+        # Plan at the first batch; check every number of examples where that can matter.
         if not self.plan:
             self._make_plan(inputs, targets, mask)
-        return self.recorder.recording(
-            len(mask),
-            self.ways,
-            frozen=not self.norms_only,
-            norms_only=self.norms_only,
-        )
+        if self.recorder.bare and len(mask) not in self._sizes:
+            self._check(inputs, targets, mask, len(mask))
+            self._sizes.add(len(mask))
 
     def _backward(self, run: Run, losses: Tensor, mask: Tensor) -> None:
         total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
@@ -96,11 +107,10 @@ class Recorded(TorchStep):
 
     def _attempt(self, inputs, targets, mask) -> Tensor | None:
         """Add the batch; or, where a squared norm is not finite, say which are."""
-        with self._recording(inputs, targets, mask) as run:
+        self._ready(inputs, targets, mask)
+        with self._recording(mask) as run:
             losses = self._losses(inputs, targets, mask)
             self._backward(run, losses, mask)
-            if run.signature not in self._checked:
-                self._check_again(run, inputs, targets, mask)
             with torch.no_grad():
                 squares = self._squares(run)
                 finite = squares.isfinite()
@@ -156,15 +166,17 @@ class Recorded(TorchStep):
         named = {f"model.{n}": p for n, p in self.model.named_parameters()}
         named |= {f"model.{n}": b for n, b in self.model.named_buffers()}
         if key not in self._graphs:
-            if not self.plan:
-                self._make_plan(inputs, targets, mask)
+            self._ready(inputs, targets, mask)
 
             def batch(named, *leaves):
                 if not self.norms_only:
                     named = {name: t.detach() for name, t in named.items()}
                 return functional_call(whole, named, tree_unflatten(leaves, tree))
 
-            self._graphs[key] = self.compiled(make_fx(batch)(named, *leaves))
+            # Hugging Face looks at values (is any token masked?) unless it is being compiled.
+            with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
+                graph = make_fx(batch)(named, *leaves)
+            self._graphs[key] = self.compiled(graph)
         with torch.no_grad():
             squares, *sums = self._graphs[key](named, *leaves)
             finite = squares.isfinite()
@@ -174,7 +186,7 @@ class Recorded(TorchStep):
         return None
 
     def _traced(self, inputs, targets, mask) -> list[Tensor]:
-        with self._recording(inputs, targets, mask) as run:
+        with self._recording(mask) as run:
             losses = self._losses(inputs, targets, mask)
             self._backward(run, losses, mask)
             with torch.no_grad():
@@ -191,18 +203,22 @@ class Recorded(TorchStep):
         uses: dict[str, list[Use]] = {}
         for use in run.uses:
             uses.setdefault(use.rule.name, []).append(use)
-        layers = []
+        layers: list[cost.Layer] = []
+        times: dict[tuple[str, str], float] = {}
         for name, calls in uses.items():
             layer = calls[0].rule.layer(calls[0].seen)
             ways = self._allowed(calls, layer.ways)
             size = self.physical_batch_size
             layers.append(dataclasses.replace(layer, name=name, examples=size, ways=ways))
-        self.plan = self._planned(layers)
+            if self.measure and len(ways) > 1:
+                times |= seconds(layers[-1], calls[0].rule, calls[0].seen)
+        self.plan = self._planned(layers, times)
         self.ways = {choice.layer.name: choice.way for choice in self.plan}
 
-    def _planned(self, layers: list[cost.Layer]) -> list[cost.Choice]:
+    def _planned(self, layers: list[cost.Layer], times: dict) -> list[cost.Choice]:
         return cost.plan(
             layers,
+            seconds=times,
             memory_budget_bytes=self.memory_budget_bytes,
             balance=cost.BALANCE[self.device.type],
         )
@@ -217,11 +233,6 @@ class Recorded(TorchStep):
         if len(calls) == 1 and kinds == {Embedding, Linear} and len(rule.names) == 1:
             return ("tied",)
         return ("together",)
-
-    def _check_again(self, run: Run, inputs, targets, mask) -> None:
-        # Recorded in another way than what was checked: is that right too?
-        self._check(inputs, targets, mask, run.examples)
-        self._checked.add(run.signature)
 
     def _check(self, inputs, targets, mask, examples: int) -> Run:
         """
@@ -242,11 +253,10 @@ class Recorded(TorchStep):
             params = [leaves.get(n, p) for n, p in enumerate(self.params)]
             wanted = run.backward(loss, [*params, *floats])
         for g in wanted[len(params) :]:
-            if g is not None and g[1:].abs().max() > 1e-6 * g[0].abs().max():
+            if g is not None and g[1:].numel() and g[1:].abs().max() > 1e-6 * g[0].abs().max():
                 raise ValueError(f"the loss {_MIXED}")
         with torch.no_grad():
             self._compare(run, wanted[: len(params)])
-        self._checked.add(run.signature)
         return run
 
     def _compare(self, run: Run, wanted: list[Tensor | None]) -> None:

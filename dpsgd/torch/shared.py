@@ -56,12 +56,13 @@ class Shared(Tensor):
     """A parameter, or what was made of it, before it has met the batch."""
 
     meeting: Meeting
+    plain: Tensor  # the same without this class: a graph that is recorded knows only that one
 
     @classmethod
     def of(cls, value: Tensor, meeting: Meeting) -> "Shared":
         """``value`` on its way to the batch."""
         shared = value.as_subclass(cls)
-        shared.meeting = meeting
+        shared.meeting, shared.plain = meeting, value
         return shared
 
     @classmethod
@@ -76,7 +77,7 @@ class Shared(Tensor):
             return func(*args_, **kwargs_)
 
         with torch._C.DisableTorchFunctionSubclass():
-            bare = {key: a.as_subclass(Tensor) for key, a in shared.items()}
+            bare = {key: a.plain for key, a in shared.items()}
             result = call(bare)
             if not isinstance(result, Tensor):
                 return result
@@ -86,16 +87,9 @@ class Shared(Tensor):
             # Rank and rows of the copies are those of what they meet, else of the result.
             like = max(plain, key=lambda a: a.ndim, default=result)
             copied = {
-                key: a.meeting.copy(_origin(a), like.shape[0], like.ndim)
-                for key, a in shared.items()
+                key: a.meeting.copy(a.plain, like.shape[0], like.ndim) for key, a in shared.items()
             }
             return call(copied)
-
-
-def _origin(shared: Shared) -> Tensor:
-    made = shared.as_subclass(Tensor)
-    leaf = shared.meeting.leaf
-    return leaf if made.data_ptr() == leaf.data_ptr() and made.shape == leaf.shape else made
 
 
 def _meets(result: Tensor, made: Tensor, plain: list[Tensor], examples: int) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpsgd import cost
+from dpsgd.torch import kernels
 
 
 @dataclass(kw_only=True)
@@ -240,13 +241,21 @@ class Product(Rule):
         """Squared norms [P], by Gram matrices or by gradients that are dropped at once."""
         total = 0.0
         if "weight" in self.trained:
-            if way == "rebuild":
-                total = torch.cat([self._one_squared(seen, i) for i in range(seen.examples)])
-            else:
-                total = self.gram(*self.matrices(seen), seen)
+            total = (
+                self.rebuilt(seen) if way == "rebuild" else self.gram(*self.matrices(seen), seen)
+            )
         if "bias" in self.trained:
             total = total + square_rows(self.bias(seen.g, seen.examples))
         return total
+
+    def rebuilt(self, seen: Seen) -> Tensor:
+        """‖GᵀX‖² [P]; in a kernel that keeps no gradient, or one example after the other."""
+        if seen.g.is_cuda and type(self).square_weights is Product.square_weights:
+            inputs, outputs = self.matrices(seen)
+            if kernels.available(inputs):
+                squares = kernels.weight_gradient_squares(inputs, outputs)[1]
+                return squares.view(seen.examples, -1).sum(1)
+        return torch.cat([self._one_squared(seen, i) for i in range(seen.examples)])
 
     def _one_squared(self, seen: Seen, number: int) -> Tensor:
         def own(t):
@@ -263,9 +272,7 @@ class Product(Rule):
 
     def gram(self, inputs: Tensor, outputs: Tensor, seen: Seen) -> Tensor:
         """‖GᵀX‖² = ⟨XXᵀ, GGᵀ⟩ [P], accumulated in float32."""
-        dtype = wide(inputs)
-        pairs = torch.bmm(inputs, inputs.mT).to(dtype) * torch.bmm(outputs, outputs.mT).to(dtype)
-        return pairs.view(seen.examples, -1).sum(1).clamp(min=0)
+        return kernels.gram_squares(inputs, outputs).view(seen.examples, -1).sum(1).clamp(min=0)
 
     def add(self, seen: Seen, factors: Tensor, into: list[Tensor]) -> None:
         """Add the weighted sum, by one product over all examples and positions."""

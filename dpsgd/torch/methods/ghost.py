@@ -23,12 +23,12 @@ class Ghost(Recorded):
 
     norms_only = True
 
-    def _planned(self, layers: list[cost.Layer]) -> list[cost.Choice]:
+    def _planned(self, layers: list[cost.Layer], times: dict) -> list[cost.Choice]:
         def without_keep(layer):
             ways = tuple(way for way in layer.ways if way != "keep") or ("rebuild",)
             return dataclasses.replace(layer, ways=ways, norms_only=True)
 
-        return cost.plan([without_keep(layer) for layer in layers])
+        return cost.plan([without_keep(layer) for layer in layers], seconds=times)
 
     def _squares(self, run: Run) -> Tensor:
         run.shared = self._shared(run)
