@@ -174,6 +174,12 @@ METHODS: dict[str, Method] = {
             source=f"{_PAPER}, masked",
         ),
         Method(
+            name="jax-bookkeeping",
+            target="dpsgd.jax.methods.bookkeeping:Bookkeeping",
+            baseline="jax-sgd",
+            source="arXiv:2210.00038, planned per layer",
+        ),
+        Method(
             name="jax-optax",
             target="dpsgd.jax.methods.optax:Optax",
             baseline="jax-sgd",
