@@ -47,7 +47,8 @@ class Use:
     method: str
     rule: Rule
     stack: tuple[int, ...] = ()
-    way: str = ""
+    way: str = "none"
+    held: bool = True
     x: Any = None  # abstract, of one example
     y: Any = None
 
@@ -68,9 +69,9 @@ class Use:
         """How many layers are stacked."""
         return math.prod(self.stack)
 
-    def told(self, way: str) -> "Use":
+    def told(self, way: str, *, held: bool) -> "Use":
         """The same use, told in another way."""
-        return dataclasses.replace(self, way=way)
+        return dataclasses.replace(self, way=way, held=held)
 
     def attribute(self, what: str) -> str:
         """Where the tap called ``what`` hangs on the module."""
@@ -78,7 +79,7 @@ class Use:
 
     def made(self, x: jax.Array, g: jax.Array) -> dict[str, jax.Array]:
         """What the taps are given."""
-        return self.rule.found(self.way, x, g)
+        return self.rule.found(x, g, self.way, held=self.held)
 
     def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Their shapes, as stored on the module."""
@@ -123,7 +124,7 @@ class Look(Use):
         if own != self.rule.shape:
             return None
         x, y = jax.ShapeDtypeStruct(x, x_type), jax.ShapeDtypeStruct(y, y_type)
-        return Use(self.path, self.method, self.rule, self.stack, "", x, y)
+        return Use(self.path, self.method, self.rule, self.stack, x=x, y=y)
 
 
 class _Uses:

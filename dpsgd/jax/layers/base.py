@@ -71,29 +71,32 @@ class Rule:
         """Σ_T g, the gradient of the bias."""
         raise NotImplementedError
 
-    def found(self, way: str, x: jax.Array, g: jax.Array) -> Found:
+    def found(self, x: jax.Array, g: jax.Array, way: str, *, held: bool) -> Found:
         """
         What the backward pass hands out for one example.
 
-        ``keep``: the gradients. ``gram`` and ``rebuild``: x, g and the weight's squared norm.
-        ``hold``: x and g. ``norm``: the squared norm of everything.
+        Args:
+            x: what the layer got.
+            g: what came back to its output.
+            way: ``keep`` hands out the gradients; ``gram`` and ``rebuild`` their squared norm;
+                ``none`` neither.
+            held: hand out x and g, too, unless the gradients are kept.
         """
         found: Found = {}
         if self.weight in self.trained:
             if way == "keep":
                 found["weight"] = self.gradient(x, g)
-            else:
-                if way != "norm":
-                    found |= {"x": x if jnp.issubdtype(x.dtype, jnp.floating) else self.ids(x)}
-                    found |= {"g": g}
-                if way != "hold":
-                    found["squared"] = self.squared(x, g, way)
+            elif held:
+                found["x"] = x if jnp.issubdtype(x.dtype, jnp.floating) else self.ids(x)
+                found["g"] = g
+            if way in ("gram", "rebuild"):
+                found["squared"] = self.squared(x, g, way)
         if "bias" in self.trained:
             bias = self.bias(g)
-            if way == "norm":
-                found["squared"] = found.get("squared", 0.0) + squared(bias)
-            else:
+            if held or way == "keep":
                 found["bias"] = bias
+            else:
+                found["squared"] = found.get("squared", 0.0) + squared(bias)
         return found
 
     def ids(self, x: jax.Array) -> jax.Array:
