@@ -116,6 +116,11 @@ class Look(Use):
         calls = getattr(module, self.attribute("calls"))[...]
         return tap(lambda x, g: jnp.ones(calls.shape), fake, x, calls)
 
+    @property
+    def size(self) -> int:
+        """Of the output."""
+        return math.prod(self.seen[0][2])
+
     def settled(self) -> Use | None:
         """The use, if all its traces were alike."""
         if len(set(self.seen)) != 1:
@@ -250,13 +255,15 @@ class Parts:
         elsewhere = {path for path, u in zip(self.paths, used, strict=False) if u}
         with jax.ensure_compile_time_eval():
             calls = jax.tree.map(np.asarray, _values(jax.grad(tapped.loss, argnums=1), given))
-        written = Counter(_names(closed.jaxpr))
+        sizes: dict[str, list[int]] = {}  # more than the output's own under a vmap of the user's
+        for name, size in _names(closed.jaxpr):
+            sizes.setdefault(name, []).append(size)
         once = {
             look
             for look, found in zip(looks, calls, strict=True)
-            if written[look.name] == 1 and (found["calls"] == 1).all()
+            if sizes.get(look.name) == [look.size] and (found["calls"] == 1).all()
         }
-        never = {look for look in looks if not written[look.name]}
+        never = {look for look in looks if look.name not in sizes}
         uses = []
         for look in looks:
             partners = [other for other in looks if other.path == look.path and other not in never]
@@ -278,11 +285,11 @@ def _values(function: Callable, given: tuple) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
-def _names(jaxpr: Any) -> Iterator[str]:
-    """The names that ``checkpoint_name`` gave, wherever they stand."""
+def _names(jaxpr: Any) -> Iterator[tuple[str, int]]:
+    """What ``checkpoint_name`` named, wherever it stands: (name, size)."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "name":
-            yield eqn.params["name"]
+            yield eqn.params["name"], eqn.outvars[0].aval.size
         for value in eqn.params.values():
             for part in value if isinstance(value, (list, tuple)) else [value]:
                 inner = getattr(part, "jaxpr", part)
