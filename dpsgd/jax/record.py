@@ -30,13 +30,24 @@ from dpsgd.jax.layers import RULES, Rule
 Path = tuple[Any, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tap(made: Callable, y: jax.Array, x: jax.Array, zeros: Any) -> jax.Array:
-    """``y``; its backward pass gives ``zeros`` the cotangents ``made(x, g)``, and g goes on."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tap(made: Callable, pull: Callable | None, y: Any, x: Any, weight: Any, zeros: Any) -> Any:
+    """
+    ``y``; its backward pass gives ``zeros`` the cotangents ``made(x, g)``.
+
+    g goes on to y, or where the rule has a product of its own, ``pull(weight, g)`` goes to x.
+    """
     return y
 
 
-tap.defvjp(lambda made, y, x, zeros: (y, x), lambda made, x, g: (g, None, made(x, g)))
+def _backward(made, pull, saved, g):
+    x, weight = saved
+    if pull is None:
+        return g, None, None, made(x, g)
+    return None, pull(weight, g).astype(x.dtype), None, made(x, g)
+
+
+tap.defvjp(lambda made, pull, y, x, weight, zeros: (y, (x, weight)), _backward)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as nnx wants of what is static
@@ -91,9 +102,12 @@ class Use:
 
     def __call__(self, original: Callable, module: nnx.Module, x, *args, **kwargs) -> jax.Array:
         """The layer's own output, with its taps."""
-        y = original(module, x, *args, **kwargs)
+        pull = self.rule.pull if self.rule.pulls else None
+        seen = jax.lax.stop_gradient(x) if pull else x
+        y = original(module, seen, *args, **kwargs)
         zeros = {what: getattr(module, self.attribute(what))[...] for what in self.taps()}
-        return tap(self.made, y, x, zeros)
+        weight = getattr(module, self.rule.weight)[...]
+        return tap(self.made, pull, y, x, weight, zeros)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +128,7 @@ class Look(Use):
         self.seen.append((x.shape, x.dtype, y.shape, y.dtype, own))
         fake = checkpoint_name(jnp.zeros(y.shape, y.dtype) + jnp.sum(x).astype(y.dtype), self.name)
         calls = getattr(module, self.attribute("calls"))[...]
-        return tap(lambda x, g: jnp.ones(calls.shape), fake, x, calls)
+        return tap(lambda x, g: jnp.ones(calls.shape), None, fake, x, None, calls)
 
     @property
     def size(self) -> int:

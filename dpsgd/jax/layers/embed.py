@@ -67,8 +67,12 @@ class Attend(Linear):
     """``embed.attend(h)`` = h Eᵀ: the table as a linear layer without bias."""
 
     weight = "embedding"
+    pulls = False
     takes = Lookup.takes
     shape_of = staticmethod(Lookup.shape_of)
+
+    def __init__(self, module: nnx.Embed, trained: list[str]) -> None:
+        Rule.__init__(self, module, trained)
 
     def shaped(self, product: jax.Array) -> jax.Array:
         """[1, d, V] as [V, d]."""

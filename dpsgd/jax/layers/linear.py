@@ -6,11 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpsgd.jax.layers.base import Rule, default
+from dpsgd.jax.layers.base import Rule, default, transposed
 
 
 class Linear(Rule):
     """``nnx.Linear``: kernel [d, p]."""
+
+    pulls = True
+
+    def __init__(self, module: nnx.Linear, trained: list[str]) -> None:
+        super().__init__(module, trained)
+        self.precision = module.precision
 
     @classmethod
     def takes(cls, module: nnx.Linear) -> bool:
@@ -25,6 +31,10 @@ class Linear(Rule):
     def matrices(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(X [1, T, d], G [1, T, p])."""
         return x.reshape(1, -1, x.shape[-1]).astype(g.dtype), g.reshape(1, -1, g.shape[-1])
+
+    def pull(self, weight: jax.Array, g: jax.Array) -> jax.Array:
+        """G Wᵀ."""
+        return jnp.matmul(g, transposed(weight).astype(g.dtype), precision=self.precision)
 
     def bias(self, g: jax.Array) -> jax.Array:
         """[p]."""
