@@ -287,7 +287,10 @@ def test_stacked_layers_in_the_other_ways(way):
     [
         (nnx.LoRAParam, {"lora.lora_a", "lora.lora_b"}),
         (nnx.PathContains("bias"), 5),
-        (nnx.All(nnx.Param, nnx.PathContains("out")), {"attention.out.weight", "attention.out.bias"}),
+        (
+            nnx.All(nnx.Param, nnx.PathContains("out")),
+            {"attention.out.weight", "attention.out.bias"},
+        ),
     ],
 )
 def test_frozen_parts_stay_out(wrt, trained):

@@ -202,12 +202,16 @@ class Tapped:
 
     def loss(self, params: list, taps: list[dict], others: Any, inputs: Any, target: Any) -> Any:
         """The loss of one example, whose arrays have no batch axis."""
-        parts = self.parts
         inputs, target = jax.tree.map(lambda a: a[None], (inputs, target))
+        return self.losses(params, taps, others, inputs, target)[0]
+
+    def losses(self, params: list, taps: list[dict], others: Any, inputs: Any, targets: Any) -> Any:
+        """Those of a whole batch [P], whose taps get the sums over it."""
+        parts = self.parts
         values, inputs = parts.cast((params, inputs))
         state = jax.tree.unflatten(self._tree, [taps[n][what] for n, what in self._order])
         own = jax.tree.unflatten(parts.tree, values)
-        return parts.loss(nnx.merge(self._graph, state, own, others, copy=True), inputs, target)[0]
+        return parts.loss(nnx.merge(self._graph, state, own, others, copy=True), inputs, targets)
 
 
 class Parts:
@@ -295,7 +299,9 @@ def _values(function: Callable, given: tuple) -> Any:
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*given)
     jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     leaves = [a for a, u in zip(jax.tree.leaves(given), used, strict=True) if u]
-    found = jax.core.eval_jaxpr(jaxpr, closed.consts, *[jnp.zeros(a.shape, a.dtype) for a in leaves])
+    found = jax.core.eval_jaxpr(
+        jaxpr, closed.consts, *[jnp.zeros(a.shape, a.dtype) for a in leaves]
+    )
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 

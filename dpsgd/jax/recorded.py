@@ -1,6 +1,7 @@
 """What the methods on recorded models share: the plan, and the two kinds of backward pass."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,10 +59,10 @@ class Recorded(JaxStep):
             {number: gradients [P, ...]} of the parameters that no use takes; what the taps of each
             use were given, [P, ...]; and ‖g‖² [P] of everything.
         """
-        leaves, numbers = jax.tree.leaves(params), self._others(tapped.uses)
+        leaves, numbers = jax.tree.leaves(params), self.others(tapped.uses)
 
         def loss(own, taps, inputs, target):
-            values = _replaced(leaves, numbers, own)
+            values = replaced(leaves, numbers, own)
             return tapped.loss(values, taps, self._rest, inputs, target)
 
         gradients = jax.vmap(jax.grad(loss, argnums=(0, 1)), (None, None, 0, 0))
@@ -81,17 +82,15 @@ class Recorded(JaxStep):
         """∇ Σ_p weights_p ℓ_p: SGD's backward pass, the rules' layers by products of their own."""
         uses = self.uses(inputs, targets)
         tapped = Tapped(self._parts, [use.told("none", held=True) for use in uses])
-        leaves, numbers = jax.tree.leaves(params), self._others(uses)
+        leaves, numbers = jax.tree.leaves(params), self.others(uses)
         each = jax.vmap(tapped.loss, (None, 0, None, 0, 0))
 
         def total(own, taps):
-            values = _replaced(leaves, numbers, own)
+            values = replaced(leaves, numbers, own)
             losses = each(values, taps, self._rest, inputs, targets)
             return jnp.where(weights > 0, losses * weights, 0).sum()
 
-        zeros = jax.tree.map(
-            lambda a: jnp.zeros((len(targets), *a.shape), a.dtype), tapped.zeros()
-        )
+        zeros = jax.tree.map(lambda a: jnp.zeros((len(targets), *a.shape), a.dtype), tapped.zeros())
         own, found = jax.grad(total, argnums=(0, 1))([leaves[n] for n in numbers], zeros)
         ones = jnp.ones_like(weights)
         return self.state(dict(zip(numbers, own, strict=True)), self.summed(uses, found, ones))
@@ -115,17 +114,22 @@ class Recorded(JaxStep):
             factors: [P].
             good: [P] booleans; x and g of the others are replaced by zeros.
         """
+
+        def value(use, taps, what):
+            if what in taps:
+                return weighted_rows(factors, taps[what])
+            return _product(use, taps["x"], taps["g"], factors, good)
+
+        return self.added(uses, value, found)
+
+    def added(self, uses: list[Use], value: Callable, found: list[Found]) -> dict[int, jax.Array]:
+        """{number: Σ value(use, its taps, ``weight`` or ``bias``)} over the uses of a parameter."""
         sums: dict[int, jax.Array] = {}
         number = {path: n for n, path in enumerate(self._parts.paths)}
         for use, taps in zip(uses, found, strict=True):
             for name, path in use.places.items():
-                what = "bias" if name == "bias" else "weight"
-                if what in taps:
-                    value = weighted_rows(factors, taps[what])
-                else:
-                    value = _product(use, taps["x"], taps["g"], factors, good)
-                n = number[path]
-                sums[n] = sums[n] + value if n in sums else value
+                n, part = number[path], value(use, taps, "bias" if name == "bias" else "weight")
+                sums[n] = sums[n] + part if n in sums else part
         return sums
 
     def state(self, *leaves: dict[int, jax.Array]) -> nnx.State:
@@ -136,8 +140,8 @@ class Recorded(JaxStep):
             self._parts.tree, [whole[n].astype(a.dtype) for n, a in enumerate(like)]
         )
 
-    def _others(self, uses: list[Use]) -> list[int]:
-        # Numbers of the parameters that no use takes.
+    def others(self, uses: list[Use]) -> list[int]:
+        """Numbers of the parameters that no use takes."""
         taken = {path for use in uses for path in use.places.values()}
         return [n for n, path in enumerate(self._parts.paths) if path not in taken]
 
@@ -151,7 +155,7 @@ class Recorded(JaxStep):
             ways = ("gram",) if tied else self.allowed(layer.ways)
             layers.append(dataclasses.replace(layer, ways=ways))
         sizes: dict[Any, int] = {}
-        for n in self._others(uses):
+        for n in self.others(uses):
             path, size = self._parts.paths[n], jax.tree.leaves(self._parts.params)[n].size
             sizes[path[:-1]] = sizes.get(path[:-1], 0) + size
         for path, size in sizes.items():
@@ -174,7 +178,8 @@ class Recorded(JaxStep):
         self.ways = {choice.layer.name: choice.way for choice in self.plan}
 
 
-def _replaced(leaves: list, numbers: list[int], own: list) -> list:
+def replaced(leaves: list, numbers: list[int], own: list) -> list:
+    """``leaves`` with ``own`` at ``numbers``."""
     leaves = [*leaves]
     for n, a in zip(numbers, own, strict=True):
         leaves[n] = a

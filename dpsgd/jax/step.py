@@ -47,7 +47,9 @@ def check_model(model: nnx.Module, wrt: Any = nnx.Param) -> None:
             )
     params = nnx.to_flat_state(nnx.state(model, wrt))
     if not params:
-        raise ValueError("the model has no trainable parameter: make some an nnx.Param, or check wrt")
+        raise ValueError(
+            "the model has no trainable parameter: make some an nnx.Param, or check wrt"
+        )
     for path, variable in params:
         if not jnp.issubdtype(variable.dtype, jnp.floating):
             raise ValueError(
@@ -125,9 +127,7 @@ class JaxStep:
         """Float32 arrays to bfloat16 where the precision asks for it."""
         if self.precision != "bf16":
             return tree
-        return jax.tree.map(
-            lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, tree
-        )
+        return jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, tree)
 
     def objective(self, params: nnx.State, inputs: Any, targets: jax.Array) -> jax.Array:
         """Per-example losses [P] as a function of the parameters."""

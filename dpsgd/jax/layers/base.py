@@ -137,13 +137,17 @@ class Rule:
         if inputs.shape[1] > 1:
             product = jnp.einsum("entd,entp->ndp", inputs, outputs, preferred_element_type=wide)
             return self.shaped(product)
-        flat = transposed(inputs.reshape(-1, inputs.shape[-1]))
-        product = jnp.matmul(
-            flat, outputs.reshape(-1, outputs.shape[-1]), preferred_element_type=wide
+        product = jax.lax.dot_general(
+            inputs.reshape(-1, inputs.shape[-1]),
+            outputs.reshape(-1, outputs.shape[-1]),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=wide,
         )
         return self.shaped(product[None])
 
-    def layer(self, name: str, kind: str, examples: int, stacked: int, x: Any, g: Any) -> cost.Layer:
+    def layer(
+        self, name: str, kind: str, examples: int, stacked: int, x: Any, g: Any
+    ) -> cost.Layer:
         """Its sizes, for the plan; ``x`` and ``g`` are abstract."""
         groups, positions, inputs, outputs, ways = 1, 1, 1, 1, ("keep",)
         if self.weight in self.trained:

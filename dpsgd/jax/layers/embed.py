@@ -56,11 +56,14 @@ class Lookup(Rule):
         products = jnp.einsum("sd,td->st", h, g, preferred_element_type=wide)
         return 2 * (logits[:, ids] * products).sum()
 
+    def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """The dense table, by one scatter."""
+        g = g.reshape(-1, g.shape[-1]).astype(jnp.promote_types(g.dtype, jnp.float32))
+        return jnp.zeros(self.shape, g.dtype).at[self.ids(x).reshape(-1).astype(jnp.int32)].add(g)
+
     def weighted(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """One scatter over all examples."""
-        wide = jnp.promote_types(g.dtype, jnp.float32)
-        g = g.reshape(-1, g.shape[-1]).astype(wide)
-        return jnp.zeros(self.shape, wide).at[x.reshape(-1).astype(jnp.int32)].add(g)
+        return self.gradient(x, g)
 
 
 class Attend(Linear):
