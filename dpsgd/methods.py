@@ -168,6 +168,13 @@ METHODS: dict[str, Method] = {
             source="non-private",
         ),
         Method(
+            name="jax-sgd-tuned",
+            target="dpsgd.jax.methods.sgd_tuned:SGDTuned",
+            private=False,
+            baseline="jax-sgd",
+            source="non-private, weight gradients as products of a chosen layout",
+        ),
+        Method(
             name="jax-vmap",
             target="dpsgd.jax.methods.vmap:Vmap",
             baseline="jax-sgd",
@@ -179,6 +186,18 @@ METHODS: dict[str, Method] = {
             target="dpsgd.jax.methods.masked:Masked",
             baseline="jax-sgd",
             source=f"{_PAPER}, masked",
+        ),
+        Method(
+            name="jax-bookkeeping",
+            target="dpsgd.jax.methods.bookkeeping:Bookkeeping",
+            baseline="jax-sgd",
+            source="arXiv:2210.00038, planned per layer",
+        ),
+        Method(
+            name="jax-ghost",
+            target="dpsgd.jax.methods.ghost:Ghost",
+            baseline="jax-sgd",
+            source="arXiv:2110.05679, norms by layer",
         ),
         Method(
             name="jax-optax",

@@ -31,12 +31,13 @@ def _listen(event: str, duration_secs: float, **details: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
-def check_model(model: nnx.Module) -> None:
+def check_model(model: nnx.Module, wrt: Any = nnx.Param) -> None:
     """
-    Refuse what cannot be clipped per example.
+    Refuse what cannot be clipped per example; ``wrt`` is the nnx filter of what is trained.
 
     Raises:
-        ValueError: a BatchNorm layer, named, or no trainable parameter.
+        ValueError: a BatchNorm layer or a parameter without a gradient, named, or no trainable
+            parameter.
     """
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.BatchNorm):
@@ -44,8 +45,17 @@ def check_model(model: nnx.Module) -> None:
                 f"layer {'.'.join(map(str, path))!r} is a BatchNorm, which mixes examples, so no "
                 "per-example gradient exists: replace it by GroupNorm"
             )
-    if not jax.tree.leaves(nnx.state(model, nnx.Param)):
-        raise ValueError("the model has no trainable parameter: make some an nnx.Param")
+    params = nnx.to_flat_state(nnx.state(model, wrt))
+    if not params:
+        raise ValueError(
+            "the model has no trainable parameter: make some an nnx.Param, or check wrt"
+        )
+    for path, variable in params:
+        if not jnp.issubdtype(variable.dtype, jnp.floating):
+            raise ValueError(
+                f"parameter {'.'.join(map(str, path))!r} is {variable.dtype}, which has no "
+                "gradient: make it an nnx.Variable, or leave it out of wrt"
+            )
 
 
 def select_rows(mask: jax.Array, tree: Any) -> Any:
@@ -58,6 +68,8 @@ def select_rows(mask: jax.Array, tree: Any) -> Any:
 class JaxStep:
     """
     Base of the JAX steps. ``compile`` is accepted and ignored: JAX always compiles.
+
+    ``wrt`` is the nnx filter of what is trained; the rest is frozen.
 
     Raises:
         ValueError: BatchNorm, no trainable parameter or an unknown precision.
@@ -77,8 +89,9 @@ class JaxStep:
         compile: bool = True,
         memory_budget_bytes: int | None = None,
         seed: int | None = None,
+        wrt: Any = nnx.Param,
     ) -> None:
-        check_model(model)
+        check_model(model, wrt)
         if precision not in MATMUL_PRECISION:
             names = ", ".join(MATMUL_PRECISION)
             raise ValueError(f"precision is {precision!r}; use one of {names}")
@@ -86,7 +99,7 @@ class JaxStep:
             raise ValueError(f"physical_batch_size is {physical_batch_size}; it must be at least 1")
         self.privacy, self.loss, self.precision = privacy, loss, precision
         self.physical_batch_size, self.optimizer = physical_batch_size, optimizer
-        split: Any = nnx.split(model, nnx.Param, ...)
+        split: Any = nnx.split(model, wrt, ...)
         self._graph, params, self._rest = split
         self.device = next(iter(jax.tree.leaves(params)[0].devices()))
         # The step donates its buffers, so it needs its own; committed, or the first call retraces.
@@ -110,12 +123,15 @@ class JaxStep:
         """The model with the parameters as they are now."""
         return nnx.merge(self._graph, jax.tree.map(jnp.copy, self.params), self._rest)
 
+    def cast(self, tree: Any) -> Any:
+        """Float32 arrays to bfloat16 where the precision asks for it."""
+        if self.precision != "bf16":
+            return tree
+        return jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, tree)
+
     def objective(self, params: nnx.State, inputs: Any, targets: jax.Array) -> jax.Array:
         """Per-example losses [P] as a function of the parameters."""
-        if self.precision == "bf16":
-            params, inputs = jax.tree.map(
-                lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, (params, inputs)
-            )
+        params, inputs = self.cast((params, inputs))
         return self.loss(nnx.merge(self._graph, params, self._rest), inputs, targets)
 
     def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:

@@ -2,7 +2,8 @@
 Between flax.nnx and torch names and layouts; for models whose attributes mirror the torch names.
 
 ``kernel`` and ``scale`` are torch's ``weight``. Linear kernels are [in, out] here and [out, in] in
-torch; convolution kernels HWIO here and OIHW in torch.
+torch; convolution kernels HWIO here and OIHW in torch. Kernels of other ranks have no torch twin and
+stay as they are.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,8 @@ def dump(state: nnx.State) -> dict[str, np.ndarray]:
     result = {}
     for name, leaf, variable in _entries(state):
         value = np.asarray(variable[...])
-        result[name] = value.transpose(_TO_TORCH[value.ndim]) if leaf == "kernel" else value
+        order = _TO_TORCH.get(value.ndim) if leaf == "kernel" else None
+        result[name] = value.transpose(order) if order else value
     return result
 
 

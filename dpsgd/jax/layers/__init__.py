@@ -1,0 +1,21 @@
+"""
+One rule per kind of layer whose gradient is a product: its norm and weighted sum by example.
+
+A rule is chosen by the exact type of the module, and by the method that is called: a subclass may
+compute something else. Everything else (norm layers, bare parameters, what no rule knows) is left
+to autodiff under vmap, which is exact for whatever it is, and costs P gradients of it alone.
+"""
+
+from flax import nnx
+
+from dpsgd.jax.layers.base import Rule
+from dpsgd.jax.layers.conv import Conv
+from dpsgd.jax.layers.embed import Attend, Lookup
+from dpsgd.jax.layers.linear import Linear, LinearGeneral
+
+RULES: dict[type, dict[str, type[Rule]]] = {
+    nnx.Linear: {"__call__": Linear},
+    nnx.LinearGeneral: {"__call__": LinearGeneral},
+    nnx.Conv: {"__call__": Conv},
+    nnx.Embed: {"__call__": Lookup, "attend": Attend},
+}

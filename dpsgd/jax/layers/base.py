@@ -1,0 +1,174 @@
+"""
+What a rule has to say about one use of one layer, for one example at a time.
+
+x is what the layer got, g = dL/dy what came back to its output. Everything here is written for one
+example and batched by ``jax.vmap``, except :meth:`Rule.weighted`, which sees all P at once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpsgd import cost
+
+Found = dict[str, jax.Array]
+
+
+def squared(a: jax.Array) -> jax.Array:
+    """Σ a², accumulated in float32 or better."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.square(a.astype(wide)).sum()
+
+
+def square_rows(a: jax.Array) -> jax.Array:
+    """Squared norms of the rows [P], accumulated in float32 or better."""
+    return jax.vmap(squared)(a)
+
+
+def weighted_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
+    """Σ_p factors_p · rows_p. As a product: XLA's sum over a leading axis is slow on CPUs."""
+    wide = jnp.promote_types(rows.dtype, factors.dtype)
+    return jnp.tensordot(factors, rows, axes=1, preferred_element_type=wide)
+
+
+def transposed(a: jax.Array) -> jax.Array:
+    """aᵀ, laid out in memory: XLA's products with a transposed operand take twice as long on CPUs."""
+    return jax.lax.optimization_barrier(a.T) if jax.default_backend() == "cpu" else a.T
+
+
+class Rule:
+    """
+    A layer whose weight gradient is XᵀG, X: [groups, T, d], G: [groups, T, p].
+
+    Args:
+        module: the layer; only its configuration is read.
+        trained: names of its own trained parameters.
+    """
+
+    ways: tuple[str, ...] = cost.WAYS
+    weight = "kernel"
+    pulls = False  # whether ``pull`` is there
+
+    def __init__(self, module: Any, trained: list[str]) -> None:
+        self.shape = self.shape_of(module)
+        self.trained = trained
+
+    @classmethod
+    def takes(cls, module: Any) -> bool:
+        """Whether the rule covers all options of this module."""
+        raise NotImplementedError
+
+    @staticmethod
+    def shape_of(module: Any) -> tuple[int, ...]:
+        """The weight's shape in one layer; the stored one has more axes where layers are stacked."""
+        raise NotImplementedError
+
+    def matrices(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(X, G)."""
+        raise NotImplementedError
+
+    def shaped(self, product: jax.Array) -> jax.Array:
+        """[groups, d, p] as the weight."""
+        return product.reshape(self.shape)
+
+    def bias(self, g: jax.Array) -> jax.Array:
+        """Σ_T g, the gradient of the bias."""
+        raise NotImplementedError
+
+    def found(self, x: jax.Array, g: jax.Array, way: str, *, held: bool) -> Found:
+        """
+        What the backward pass hands out for one example.
+
+        Args:
+            x: what the layer got.
+            g: what came back to its output.
+            way: ``keep`` hands out the gradients; ``gram`` and ``rebuild`` their squared norm;
+                ``none`` neither.
+            held: hand out x and g, too, unless the gradients are kept.
+        """
+        found: Found = {}
+        if self.weight in self.trained:
+            if way == "keep":
+                found["weight"] = self.gradient(x, g)
+            elif held:
+                found["x"] = x if jnp.issubdtype(x.dtype, jnp.floating) else self.ids(x)
+                found["g"] = g
+            if way in ("gram", "rebuild"):
+                found["squared"] = self.squared(x, g, way)
+        if "bias" in self.trained:
+            bias = self.bias(g)
+            if held or way == "keep":
+                found["bias"] = bias
+            else:
+                found["squared"] = found.get("squared", 0.0) + squared(bias)
+        return found
+
+    def pull(self, weight: jax.Array, g: jax.Array) -> jax.Array:
+        """dL/dx from g, by a faster product than autodiff's."""
+        raise NotImplementedError
+
+    def ids(self, x: jax.Array) -> jax.Array:
+        """Integers as floats, the only thing that a backward pass can hand out."""
+        raise NotImplementedError
+
+    def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """The weight's gradient."""
+        inputs, outputs = self.matrices(x, g)
+        return self.shaped(jnp.einsum("ntd,ntp->ndp", inputs, outputs))
+
+    def squared(self, x: jax.Array, g: jax.Array, way: str) -> jax.Array:
+        """Squared norm of the weight's gradient: ⟨XXᵀ, GGᵀ⟩, or from the gradient itself."""
+        if way == "rebuild":
+            return squared(self.gradient(x, g))
+        inputs, outputs = self.matrices(x, g)
+        wide = jnp.promote_types(g.dtype, jnp.float32)
+
+        def gram(a):
+            return jnp.einsum("ntd,nsd->nts", a, a, preferred_element_type=wide)
+
+        return jnp.maximum((gram(inputs) * gram(outputs)).sum(), 0)
+
+    def weighted(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """Σ_p of the weight's gradients, for x and g with a leading P; one large product."""
+        inputs, outputs = jax.vmap(self.matrices)(x, g)
+        wide = jnp.promote_types(g.dtype, jnp.float32)
+        if inputs.shape[1] > 1:
+            product = jnp.einsum("entd,entp->ndp", inputs, outputs, preferred_element_type=wide)
+            return self.shaped(product)
+        product = jax.lax.dot_general(
+            inputs.reshape(-1, inputs.shape[-1]),
+            outputs.reshape(-1, outputs.shape[-1]),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=wide,
+        )
+        return self.shaped(product[None])
+
+    def layer(
+        self, name: str, kind: str, examples: int, stacked: int, x: Any, g: Any
+    ) -> cost.Layer:
+        """Its sizes, for the plan; ``x`` and ``g`` are abstract."""
+        groups, positions, inputs, outputs, ways = 1, 1, 1, 1, ("keep",)
+        if self.weight in self.trained:
+            ways = self.ways
+            inner, outer = jax.eval_shape(self.matrices, x, g)
+            groups, positions, inputs = inner.shape
+            outputs = outer.shape[-1]
+        return cost.Layer(
+            name=name,
+            kind=kind,
+            examples=examples,
+            positions=positions,
+            inputs=inputs,
+            outputs=outputs,
+            groups=groups * stacked,
+            itemsize=g.dtype.itemsize,
+            ways=ways,
+        )
+
+
+def default(module: nnx.Module, **expected: Any) -> bool:
+    """Whether the named options of ``module`` are as given, and its types are promoted as usual."""
+    expected["promote_dtype"] = nnx.nn.dtypes.promote_dtype
+    return all(getattr(module, name) is value for name, value in expected.items())
