@@ -34,7 +34,7 @@ def weighted_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def transposed(a: jax.Array) -> jax.Array:
-    """aᵀ, laid out in memory: XLA's products with a transposed operand take twice as long on CPUs."""
+    """aᵀ, laid out in memory: on CPUs, XLA's products of transposed operands are half as fast."""
     return jax.lax.optimization_barrier(a.T) if jax.default_backend() == "cpu" else a.T
 
 
@@ -62,7 +62,7 @@ class Rule:
 
     @staticmethod
     def shape_of(module: Any) -> tuple[int, ...]:
-        """The weight's shape in one layer; the stored one has more axes where layers are stacked."""
+        """The weight's shape in one layer; the stored one has more axes where they are stacked."""
         raise NotImplementedError
 
     def matrices(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
