@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -174,14 +174,14 @@ def _tapped(kind: type) -> type:
 class Tapped:
     """A clone of the model of ``parts`` with the taps of ``uses``."""
 
-    def __init__(self, parts: "Parts", uses: list[Use]) -> None:
+    def __init__(self, parts: "Parts", uses: Sequence[Any]) -> None:
         self.parts, self.uses = parts, uses
         model = parts.model()
         modules = dict(nnx.iter_graph(model))
         self.shapes = [use.taps() for use in uses]
         for use, taps in zip(uses, self.shapes, strict=True):
             module = modules[use.path]
-            kind = type(module)
+            kind: Any = type(module)
             if kind in RULES:
                 object.__setattr__(module, "__class__", _tapped(kind))
                 module.dp_uses = _Uses({u.method: u for u in uses if u.path == use.path})
@@ -289,8 +289,9 @@ class Parts:
             # Two uses of one table have a cross term, which is not there for stacked ones.
             if look in never or not alone or (len(partners) > 1 and look.stack):
                 continue
-            if not elsewhere.intersection(look.places.values()):
-                uses.append(look.settled())
+            settled = look.settled()
+            if settled and not elsewhere.intersection(look.places.values()):
+                uses.append(settled)
         return uses
 
 

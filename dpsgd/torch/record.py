@@ -192,7 +192,8 @@ class Recorder:
             self._watch(rule)
 
     def _watch(self, rule: Rule) -> None:
-        hook, given = self._hook(rule), []
+        hook = self._hook(rule)
+        given: list[Tensor] = []
         if rule.inner is None:
             rule.module.register_forward_hook(hook, with_kwargs=True)
             return

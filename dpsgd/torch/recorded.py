@@ -152,8 +152,9 @@ class Recorded(TorchStep):
                 tied.setdefault(self._index[use.rule.names[0]], []).append(use)
         found = []
         for uses in tied.values():
-            table, head = sorted(uses, key=lambda use: not isinstance(use.rule, Embedding))
             found += [use.rule.squared(use.seen, "gram") for use in uses]
+            pair: list[Any] = sorted(uses, key=lambda use: not isinstance(use.rule, Embedding))
+            table, head = pair
             found.append(table.rule.crossed(table.seen, *head.rule.matrices(head.seen)))
         return found
 

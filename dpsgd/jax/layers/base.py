@@ -149,7 +149,8 @@ class Rule:
         self, name: str, kind: str, examples: int, stacked: int, x: Any, g: Any
     ) -> cost.Layer:
         """Its sizes, for the plan; ``x`` and ``g`` are abstract."""
-        groups, positions, inputs, outputs, ways = 1, 1, 1, 1, ("keep",)
+        groups = positions = inputs = outputs = 1
+        ways: tuple[str, ...] = ("keep",)
         if self.weight in self.trained:
             ways = self.ways
             inner, outer = jax.eval_shape(self.matrices, x, g)
