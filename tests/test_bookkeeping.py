@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from dpsgd import METHODS, PrivacyConfig, cost, reference
+from dpsgd.torch.layers import rule_for
+from dpsgd.torch.layers.base import Seen
 
 P = 4
 
@@ -31,27 +33,31 @@ def build(model, loss=hf.loss, clip_norm=1.0, method="torch-bookkeeping", **opti
     )
 
 
-def gradients(model, inputs, targets, loss=hf.loss):
-    """One float64 gradient per example."""
-    model = copy.deepcopy(model).double()
+def gradients(model, inputs, targets, loss=hf.loss, dtype=torch.float64):
+    """One gradient per example, in float64 or under bf16 autocast."""
+    model = copy.deepcopy(model)
+    if dtype == torch.float64:
+        model.double()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def one(array, i):
         part = torch.as_tensor(array[i : i + 1])
-        return part.double() if part.is_floating_point() else part
+        return part.to(next(model.parameters()).dtype) if part.is_floating_point() else part
 
     for i in range(len(targets)):
         x, y = tree_map(lambda a, i=i: one(a, i), (inputs, targets))
-        found = torch.autograd.grad(loss(model, x, y)[0], list(named.values()), allow_unused=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss(model, x, y)[0]
+        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         yield {
             n: np.zeros(p.shape) if g is None else g.numpy()
             for (n, p), g in zip(named.items(), found, strict=True)
         }
 
 
-def assert_right(step, model, inputs, targets, mask, loss=hf.loss, tolerance=1e-5):
+def assert_right(step, model, inputs, targets, mask, loss=hf.loss, tolerance=1e-5, **dtype):
     """Norms and clipped sum, C being such that some examples are clipped and some are not."""
-    rows = list(gradients(model, inputs, targets, loss))
+    rows = list(gradients(model, inputs, targets, loss, **dtype))
     lengths = np.array([reference.norm(row) for row in rows])
     step.privacy = privacy(float(np.median(lengths)))
     want = reference.clipped_sum(rows, mask, step.privacy.clip_norm)
@@ -116,6 +122,44 @@ def test_compiled_in_one_graph(name, method):
         for n in want:
             np.testing.assert_allclose(got[n], want[n], atol=1e-5)
     assert step.compiles() - before == 1
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("name", ["vit", "bit", "bert"])
+def test_bf16(name, method):
+    model = hf.build(name)
+    step = build(model, method=method, precision="bf16")
+    same = {"tolerance": 1e-2, "dtype": torch.bfloat16}
+    assert_right(step, model, *hf.batch(name, P), np.ones(P, bool), **same)
+
+
+@settings(max_examples=20)
+@given(
+    sizes=st.tuples(*[st.sampled_from([1, 3, 16, 65])] * 3),
+    layer=st.sampled_from([nn.Linear, lambda d, p: nn.Conv1d(d, p, 1)]),
+    way=st.sampled_from(cost.WAYS),
+)
+def test_norms_of_bf16_gradients_are_accumulated_in_float32(sizes, layer, way):
+    positions, inputs, outputs = sizes
+    generator = torch.Generator().manual_seed(0)
+    module = layer(inputs, outputs)
+    channels_last = isinstance(module, nn.Linear)
+
+    def make(size):
+        shape = (P, positions, size) if channels_last else (P, size, positions)
+        return 10 * torch.randn(shape, generator=generator).bfloat16()
+
+    seen = Seen(x=make(inputs), g=make(outputs), examples=P)
+    rule = rule_for("layer", module, ["weight"])
+    got = rule.kept(seen, torch.empty)[1][0] if way == "keep" else rule.squared(seen, way)
+    if way == "gram":  # never rounds the gradient
+        equation = "ntd,ntp->npd" if channels_last else "ndt,npt->npd"
+        rows = torch.einsum(equation, seen.x.double(), seen.g.double())
+    else:
+        rows = rule.gradients(seen)[0].double()
+    want = rows.flatten(1).square().sum(1)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.sqrt().numpy(), want.sqrt().numpy(), rtol=1e-3)
 
 
 def test_nothing_of_hugging_face_falls_back():

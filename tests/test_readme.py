@@ -1,10 +1,12 @@
 """What README promises: its code runs, and its tables are those of the committed baselines."""
 
+import ast
 import re
 import sys
 import types
 from pathlib import Path
 
+import hf
 import pytest
 
 from dpsgd import METHODS
@@ -15,12 +17,23 @@ from perf.protocol import Prepared
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-LOOP, FILE, ROW = re.findall(r"```python\n(.*?)```", README, re.S)
+LOOP, OWN, FILE, ROW = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_training_loop_runs(capsys):
     exec(compile(LOOP, "README.md", "exec"), {})
     assert re.fullmatch(r"ε = 7\.\d\d at δ = 1e-05\n|ε = 8\.00 .*\n", capsys.readouterr().out)
+
+
+def test_a_model_of_hugging_face_in_ten_lines(capsys):
+    model = hf.build("bert")
+    before = [p.clone() for p in model.parameters()]
+    inputs, labels = hf.batch("bert", 60)
+    exec(compile(OWN, "README.md", "exec"), {"model": model, "inputs": inputs, "labels": labels})
+    assert "classifier" in capsys.readouterr().out
+    assert all((p != b).any() for p, b in zip(model.parameters(), before, strict=True))
+    found = [node for node in ast.walk(ast.parse(OWN)) if isinstance(node, ast.stmt)]
+    assert sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in found) <= 11
 
 
 def test_a_method_is_one_file_and_one_row(monkeypatch):
@@ -35,8 +48,12 @@ def test_a_method_is_one_file_and_one_row(monkeypatch):
     assert len(FILE.strip().splitlines()) < 10
 
 
-@pytest.mark.parametrize("profile", ["quick", "full"])
+PAGES = {"quick": "README.md", "full": "docs/results.md", "full-torch": "docs/fast.md"}
+
+
+@pytest.mark.parametrize("profile", PAGES)
 def test_the_tables_are_those_of_the_baselines(profile):
     run = saved.load(ROOT / ".benchmarks" / "cpu" / f"{profile}.json")
-    shown = README.partition(f"<!-- {profile} -->\n")[2].partition("<!-- end -->")[0]
+    text = (ROOT / PAGES[profile]).read_text()
+    shown = text.partition(f"<!-- {profile} -->\n")[2].partition("<!-- end -->")[0]
     assert shown == table.markdown(run)

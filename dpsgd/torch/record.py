@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd.torch.layers import Rule, rule_for
-from dpsgd.torch.layers.base import Seen, tracing
+from dpsgd.torch.layers.base import Product, Seen, tracing, wide
 from dpsgd.torch.layers.other import Other
 from dpsgd.torch.shared import Meeting
 
@@ -85,17 +85,22 @@ class Use:
         assert self.x is not None
         return Seen(x=self.x, g=self.found[0], y=self.y, examples=self.setting.examples)
 
-    def shapes(self, y: Tensor) -> list[tuple[int, ...]]:
-        """Of the zeros."""
+    def make_zeros(self, y: Tensor) -> list[Tensor]:
+        """Norms in float32: autograd casts what comes back to the dtype of the zeros."""
         examples, rule = self.setting.examples, self.rule
-        params: list[tuple[int, ...]] = [
-            (examples, *getattr(rule.module, name).shape) for name in rule.trained
+        squares = ((examples,), wide(y))
+        if self.holds:
+            found = [(tuple(y.shape), y.dtype)]
+        elif self.way in ("keep", "together"):
+            dtype = y.dtype if isinstance(rule, Product) else wide(y)
+            params = [getattr(rule.module, name).shape for name in rule.trained]
+            found = [((examples, *shape), dtype) for shape in params]
+            found += [squares] * len(found) if self.way == "keep" else []
+        else:
+            found = [squares]
+        return [
+            y.new_zeros((), dtype=dtype).expand(shape).requires_grad_() for shape, dtype in found
         ]
-        if self.way == "keep":
-            return params + [(examples,)] * len(params)
-        if self.way == "together":
-            return params
-        return [tuple(y.shape)] if self.holds else [(examples,)]
 
     def __call__(self, g: Tensor, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """What goes back to the zeros."""
@@ -130,7 +135,7 @@ class Run:
     def tapped(self, rule: Rule, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with its tap."""
         use = Use(rule, self.ways.get(rule.name, "hold"), self.setting, y)
-        use.zeros = [y.new_zeros(()).expand(s).requires_grad_() for s in use.shapes(y)]
+        use.zeros = use.make_zeros(y)
         if self.open:
             if use.holds:
                 use.x, use.y = x.detach(), y.detach() if rule.needs_output else None

@@ -54,15 +54,16 @@ def dot_channels(
     PyTorch's group norm has this reduction for its weight; all examples pass as channels of one.
     ``mean`` and ``scale`` [P, groups] are 0 and 1 if not given.
     """
+    g, x = (t.to(wide(g)).contiguous() for t in (g, x))
     rows, channels = g.shape[:2]
     shape = (1, rows * channels, g[0, 0].numel())
     if mean is None or scale is None:
         mean, scale = g.new_zeros(rows), g.new_ones(rows)
     found = torch.ops.aten.native_group_norm_backward(
-        g.contiguous().view(shape),
-        x.contiguous().view(shape),
-        mean.view(1, -1),
-        scale.view(1, -1),
+        g.view(shape),
+        x.view(shape),
+        mean.to(g.dtype).view(1, -1),
+        scale.to(g.dtype).view(1, -1),
         g.new_ones(rows * channels),
         *shape,
         mean.numel(),

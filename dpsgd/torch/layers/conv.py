@@ -147,7 +147,7 @@ class StandardizedConv(Conv):
         each = rows.numel() // flat.numel()
         shape = (1, each * len(flat), flat.shape[1])
         return torch.ops.aten.native_batch_norm_backward(
-            rows.reshape(shape),
+            rows.reshape(shape).to(flat.dtype),
             flat.repeat(each, 1).view(shape) if each > 1 else flat.view(shape),
             None,
             None,

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpsgd.torch.layers.base import Rule, Seen, dot_channels, fold
+from dpsgd.torch.layers.base import Rule, Seen, dot_channels, fold, wide
 
 
 class _Scaled(Rule):
@@ -68,7 +68,7 @@ class GroupNorm(Rule):
 
     def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, C] for each trained parameter."""
-        x, g = seen.x.to(seen.g.dtype).contiguous(), seen.g
+        x, g = seen.x.to(wide(seen.g)).contiguous(), seen.g
         rows, channels, groups = len(x), x.shape[1], self.module.num_groups
         _, mean, scale = torch.native_group_norm(
             x, None, None, rows, channels, x[0, 0].numel(), groups, self.module.eps
