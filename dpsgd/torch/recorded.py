@@ -15,20 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpsgd import cost
+from dpsgd.torch import check
 from dpsgd.torch.layers import Embedding, Linear
-from dpsgd.torch.layers.base import Seen, fold
 from dpsgd.torch.measure import seconds
 from dpsgd.torch.record import Recorder, Run, Use
 from dpsgd.torch.step import TorchStep, select_rows
-
-CHECKED = 5  # examples of the run that checks and plans; few dimensions of a model are of this size
-_MIXED = (
-    "mixes examples: the loss of one depends on the input of another, so no per-example gradient "
-    "exists"
-)
 
 
 class Recorded(TorchStep):
@@ -98,7 +92,7 @@ class Recorded(TorchStep):
         if not self.plan:
             self._make_plan(inputs, targets, mask)
         if self.recorder.bare and len(mask) not in self._sizes:
-            self._check(inputs, targets, mask, len(mask))
+            check.run(self, inputs, targets, mask, len(mask))
             self._sizes.add(len(mask))
 
     def _backward(self, run: Run, losses: Tensor, mask: Tensor) -> None:
@@ -200,7 +194,7 @@ class Recorded(TorchStep):
 
     def _make_plan(self, inputs, targets, mask) -> None:
         """Check the rules on a few examples against plain autograd, and plan by their sizes."""
-        run = self._check(inputs, targets, mask, CHECKED)
+        run = check.run(self, inputs, targets, mask)
         uses: dict[str, list[Use]] = {}
         for use in run.uses:
             uses.setdefault(use.rule.name, []).append(use)
@@ -234,67 +228,6 @@ class Recorded(TorchStep):
         if len(calls) == 1 and kinds == {Embedding, Linear} and len(rule.names) == 1:
             return ("tied",)
         return ("together",)
-
-    def _check(self, inputs, targets, mask, examples: int) -> Run:
-        """
-        A run of ``examples`` examples in which only the first has a loss.
-
-        Its gradient has to be that of plain autograd, and nothing may come back to the others.
-        """
-        rows = torch.arange(examples, device=mask.device) % len(mask)
-        inputs, targets = tree_map(lambda t: t[rows], (select_rows(mask, inputs), targets))
-        floats = [t for t in tree_leaves(inputs) if t.is_floating_point()]
-        floats = [t.detach().requires_grad_() for t in floats]
-        left = list(floats)
-        inputs = tree_map(lambda t: left.pop(0) if t.is_floating_point() else t, inputs)
-        everything = torch.ones(examples, dtype=torch.bool, device=mask.device)
-        with self.recorder.recording(examples, frozen=False) as run:
-            loss = self._losses(inputs, targets, everything)[0]
-            leaves = {self._index[m.name]: m.leaf for m in run.meetings}
-            params = [leaves.get(n, p) for n, p in enumerate(self.params)]
-            wanted = run.backward(loss, [*params, *floats])
-        for g in wanted[len(params) :]:
-            if g is not None and g[1:].numel() and g[1:].abs().max() > 1e-6 * g[0].abs().max():
-                raise ValueError(f"the loss {_MIXED}")
-        with torch.no_grad():
-            self._compare(run, wanted[: len(params)])
-        return run
-
-    def _compare(self, run: Run, wanted: list[Tensor | None]) -> None:
-        got: dict[int, Tensor] = {}
-
-        def take(name, first, others):
-            if others.numel() and others.abs().max() > 1e-6 * first.abs().max():
-                raise ValueError(f"{name!r} {_MIXED}")
-            number = self._index[name]
-            got[number] = got.get(number, 0) + first
-
-        for use in run.uses:
-            seen = use.seen
-            x, g = fold(seen.x, run.examples), fold(seen.g, run.examples)
-            y = None if seen.y is None else fold(seen.y, run.examples)[0]
-            found = use.rule.gradients(Seen(x=x[0], g=g[0], y=y, examples=1))
-            for name, row in zip(use.rule.names, found, strict=True):
-                take(name, row[0], g[1:])
-        for meeting in run.meetings:
-            with torch.enable_grad():
-                found = meeting.gradients()
-            take(meeting.name, found[0], found[1:])
-        exact = [
-            torch.zeros_like(p) if w is None else w
-            for p, w in zip(self.params, wanted, strict=True)
-        ]
-        # Two ways of rounding one gradient: bf16 and tf32 leave few digits.
-        loose = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}[self.precision]
-        length = torch.stack([want.norm() for want in exact]).norm()
-        for number, want in enumerate(exact):
-            off = (got.get(number, torch.zeros_like(want)) - want).norm()
-            if not off <= loose * want.norm() + loose / 100 * length:
-                raise ValueError(
-                    f"parameter {self.names[number]!r} is used in a way that is not understood "
-                    f"(its gradient is off by {float(off / length):.1e} of the whole): freeze it, "
-                    "or use torch-vmap"
-                )
 
 
 class _Whole(nn.Module):
