@@ -78,7 +78,8 @@ def perf_compare(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests (at most 10 minutes on 2 cores)."""
     install(session, *EVERYTHING, "test")
-    session.run("python", "-m", "pytest", "tests", "-m", "not slow", *session.posargs)
+    options = ["-m", "not slow", "--durations=15", *session.posargs]
+    session.run("python", "-m", "pytest", "tests", *options)
 
 
 @nox.session

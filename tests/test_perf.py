@@ -194,6 +194,7 @@ def test_every_case_ends_as_a_row_even_when_the_run_is_stopped(tmp_path):
         "torch-opacus-ghost": "unsupported",
         "torch-vmap": "interrupted",
         "torch-bookkeeping": "interrupted",
+        "torch-ghost": "interrupted",
     }
     assert rows["torch-sgd"]["examples_per_s"] > 0
     assert "conv1" in rows["torch-opacus-ghost"]["reason"]

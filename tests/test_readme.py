@@ -48,7 +48,7 @@ def test_a_method_is_one_file_and_one_row(monkeypatch):
     assert len(FILE.strip().splitlines()) < 10
 
 
-PAGES = {"quick": "README.md", "full": "docs/results.md", "full-torch": "docs/fast.md"}
+PAGES = {"quick": "README.md", "full": "docs/results.md"}
 
 
 @pytest.mark.parametrize("profile", PAGES)
