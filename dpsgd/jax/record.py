@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -154,7 +154,7 @@ class _Uses:
 
 
 @functools.cache
-def _tapped(kind: type) -> type:
+def _tapped(kind: Any) -> type:
     def wrapped(method: str) -> Callable:
         original = getattr(kind, method)
 
@@ -174,14 +174,14 @@ def _tapped(kind: type) -> type:
 class Tapped:
     """A clone of the model of ``parts`` with the taps of ``uses``."""
 
-    def __init__(self, parts: "Parts", uses: list[Use]) -> None:
+    def __init__(self, parts: "Parts", uses: Sequence[Use]) -> None:
         self.parts, self.uses = parts, uses
         model = parts.model()
         modules = dict(nnx.iter_graph(model))
         self.shapes = [use.taps() for use in uses]
         for use, taps in zip(uses, self.shapes, strict=True):
             module = modules[use.path]
-            kind = type(module)
+            kind: Any = type(module)
             if kind in RULES:
                 object.__setattr__(module, "__class__", _tapped(kind))
                 module.dp_uses = _Uses({u.method: u for u in uses if u.path == use.path})
@@ -285,12 +285,13 @@ class Parts:
         uses = []
         for look in looks:
             partners = [other for other in looks if other.path == look.path and other not in never]
+            settled = look.settled() if look not in never else None
             alone = all(p in once and p.settled() for p in partners)
             # Two uses of one table have a cross term, which is not there for stacked ones.
-            if look in never or not alone or (len(partners) > 1 and look.stack):
-                continue
-            if not elsewhere.intersection(look.places.values()):
-                uses.append(look.settled())
+            crossed = len(partners) > 1 and look.stack
+            shared = elsewhere.intersection(look.places.values())
+            if settled and alone and not crossed and not shared:
+                uses.append(settled)
         return uses
 
 

@@ -1,7 +1,7 @@
 """What the methods on recorded models share: the plan, and the two kinds of backward pass."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -140,7 +140,7 @@ class Recorded(JaxStep):
             self._parts.tree, [whole[n].astype(a.dtype) for n, a in enumerate(like)]
         )
 
-    def others(self, uses: list[Use]) -> list[int]:
+    def others(self, uses: Sequence[Use]) -> list[int]:
         """Numbers of the parameters that no use takes."""
         taken = {path for use in uses for path in use.places.values()}
         return [n for n, path in enumerate(self._parts.paths) if path not in taken]
