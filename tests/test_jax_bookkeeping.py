@@ -11,6 +11,7 @@ from flax import nnx
 
 from dpsgd import METHODS, PrivacyConfig, cost, reference
 from dpsgd.jax import weights
+from dpsgd.jax.layers import Lookup
 
 P = 4
 MASK = np.array([True, True, False, True])
@@ -87,10 +88,6 @@ def ruled(step):
 
 
 # Layers, in every way
-
-
-def chain(*makers):
-    return lambda rngs: nnx.Sequential(*[make(rngs) for make in makers])
 
 
 def of(kind, *args, **options):
@@ -239,7 +236,6 @@ class Stack(nnx.Module):
         return self.last(scan(x, self.shared, self.blocks))
 
 
-BLOCKS = {"blocks.norm", "blocks.one", "blocks.two"}
 MODELS = {  # (model, input shape, what rules take)
     "bare": (Bare, (3, 6), {"linear"}),
     "twice": (Twice, (2, 6), {"last"}),
@@ -304,3 +300,60 @@ def test_frozen_parts_stay_out(wrt, trained):
     for path, variable in before:
         if isinstance(variable, nnx.Param):
             np.testing.assert_array_equal(variable[...], after[path][...])
+
+
+def test_the_plan_names_what_is_left_to_autodiff():
+    step = build(Odd(nnx.Rngs(0)))
+    step.uses(batch((2, 6)), np.zeros(P, np.int32))
+    lines = {line.split()[0]: line for line in step.explain().splitlines()}
+    assert "Doubled (autodiff)" in lines["own"]
+    assert "autodiff" not in lines["last"]
+
+
+def test_a_missing_cross_term_is_seen(monkeypatch):
+    monkeypatch.setattr(Lookup, "crossed", lambda self, x, g, h, logits: jnp.zeros(()))
+    with pytest.raises(AssertionError, match=r"embedding|weight"):
+        assert_right(*reference_of("model", "tied"))
+
+
+@pytest.mark.parametrize("way", cost.WAYS)
+def test_norms_are_float32_where_the_layers_are_bfloat16(way):
+    model, inputs = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), np.ones((P, 512, 4), np.float32)
+    inputs *= np.arange(1, P + 1, dtype=np.float32)[:, None, None]
+    targets = np.zeros(P, np.int32)
+    lengths = [reference.norm(row) for row in gradients(model, inputs, targets)]
+    step = build(model, precision="bf16", ways=way)
+    placed = jnp.asarray(inputs), jnp.asarray(targets), jnp.ones(P, bool)
+    np.testing.assert_allclose(step.norms(*placed), lengths, rtol=0.02)
+    sums = step.clipped_sum(*placed)
+    assert {a.dtype for a in sums.values()} == {np.dtype(np.float32)}
+    assert reference.norm(sums) <= P * 1.02
+
+
+@pytest.mark.parametrize("name", ["tied", "scan, remat"])
+def test_tuned_sgd_is_sgd(name):
+    model, inputs, _ = reference_of("model", name)
+    placed = jnp.asarray(inputs), jnp.zeros(P, jnp.int32), jnp.asarray(MASK)
+    plain, tuned = (build(model, m).clipped_sum(*placed) for m in ("jax-sgd", "jax-sgd-tuned"))
+    scale = max(np.abs(a).max() for a in plain.values())
+    for n in plain:
+        np.testing.assert_allclose(tuned[n], plain[n], atol=1e-5 * scale)
+
+
+def test_a_budget_makes_the_plan_smaller_or_says_what_it_needs():
+    def held(**options):
+        step = build(nnx.Linear(256, 256, rngs=nnx.Rngs(0)), **options)
+        step.uses(jnp.ones((P, 96, 256)), jnp.zeros(P, int))
+        return sum(c.layer.held(c.way) for c in step.plan)
+
+    free = held()
+    assert held(memory_budget_bytes=3 * P * 96 * 256 * 4) <= free
+    with pytest.raises(ValueError, match="the smallest plan holds"):
+        held(memory_budget_bytes=10)
+
+
+def test_what_has_no_gradient_is_named():
+    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    model.steps = nnx.Param(jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match=r"'steps' is int32.*leave it out of wrt"):
+        build(model)

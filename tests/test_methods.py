@@ -266,7 +266,9 @@ def test_twenty_noiseless_steps_end_where_the_oracle_ends(name):
         np.testing.assert_allclose(finals[1][n], finals[0][n], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["jax-sgd", "jax-masked", "jax-optax", "jax-privacy"])
+@pytest.mark.parametrize(
+    "name", [n for n, m in METHODS.items() if m.framework == "jax" and m.static_shapes]
+)
 def test_static_shapes_compile_once_whatever_is_drawn(name):
     spec = models.get("digits-cnn")
     inputs, targets = batch(spec, 9, rows=50)

@@ -154,7 +154,7 @@ class _Uses:
 
 
 @functools.cache
-def _tapped(kind: type) -> type:
+def _tapped(kind: Any) -> type:
     def wrapped(method: str) -> Callable:
         original = getattr(kind, method)
 
@@ -174,7 +174,7 @@ def _tapped(kind: type) -> type:
 class Tapped:
     """A clone of the model of ``parts`` with the taps of ``uses``."""
 
-    def __init__(self, parts: "Parts", uses: Sequence[Any]) -> None:
+    def __init__(self, parts: "Parts", uses: Sequence[Use]) -> None:
         self.parts, self.uses = parts, uses
         model = parts.model()
         modules = dict(nnx.iter_graph(model))
@@ -285,12 +285,12 @@ class Parts:
         uses = []
         for look in looks:
             partners = [other for other in looks if other.path == look.path and other not in never]
+            settled = look.settled() if look not in never else None
             alone = all(p in once and p.settled() for p in partners)
             # Two uses of one table have a cross term, which is not there for stacked ones.
-            if look in never or not alone or (len(partners) > 1 and look.stack):
-                continue
-            settled = look.settled()
-            if settled and not elsewhere.intersection(look.places.values()):
+            crossed = len(partners) > 1 and look.stack
+            shared = elsewhere.intersection(look.places.values())
+            if settled and alone and not crossed and not shared:
                 uses.append(settled)
         return uses
 

@@ -2,7 +2,7 @@
 Between flax.nnx and torch names and layouts; for models whose attributes mirror the torch names.
 
 ``kernel`` and ``scale`` are torch's ``weight``. Linear kernels are [in, out] here and [out, in] in
-torch; convolution kernels HWIO here and OIHW in torch. Kernels of other ranks have no torch twin
+torch; convolution kernels HWIO here and OIHW in torch. Kernels of other ranks have no torch twin,
 and stay as they are.
 """
 

@@ -34,7 +34,7 @@ def weighted_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def transposed(a: jax.Array) -> jax.Array:
-    """aᵀ, laid out in memory: on CPUs, XLA's products of transposed operands are half as fast."""
+    """aᵀ, laid out in memory: XLA's products with a transposed operand are slow on CPUs."""
     return jax.lax.optimization_barrier(a.T) if jax.default_backend() == "cpu" else a.T
 
 
@@ -62,7 +62,7 @@ class Rule:
 
     @staticmethod
     def shape_of(module: Any) -> tuple[int, ...]:
-        """The weight's shape in one layer; the stored one has more axes where they are stacked."""
+        """The weight's shape in one layer; the stored one has more axes in a stack of layers."""
         raise NotImplementedError
 
     def matrices(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +149,7 @@ class Rule:
         self, name: str, kind: str, examples: int, stacked: int, x: Any, g: Any
     ) -> cost.Layer:
         """Its sizes, for the plan; ``x`` and ``g`` are abstract."""
-        groups = positions = inputs = outputs = 1
+        groups, positions, inputs, outputs = 1, 1, 1, 1
         ways: tuple[str, ...] = ("keep",)
         if self.weight in self.trained:
             ways = self.ways

@@ -54,7 +54,7 @@ class Conv(Rule):
         elif isinstance(padding, int):
             pads = [(padding, padding)] * len(spans)
         else:
-            pads = [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
+            pads = [(p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding]
         return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=mode) if any(map(any, pads)) else x
 
     def _patches(self, x: jax.Array, space: tuple[int, ...]) -> jax.Array:

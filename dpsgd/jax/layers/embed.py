@@ -4,6 +4,8 @@
 The gradient of the lookup is g, row by row, at the ids; never one dense table per example.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -71,11 +73,19 @@ class Attend(Linear):
 
     weight = "embedding"
     pulls = False
-    takes = Lookup.takes
-    shape_of = staticmethod(Lookup.shape_of)
 
-    def __init__(self, module: nnx.Embed, trained: list[str]) -> None:
+    def __init__(self, module: Any, trained: list[str]) -> None:
         Rule.__init__(self, module, trained)
+
+    @classmethod
+    def takes(cls, module: Any) -> bool:
+        """As for the lookup, which has the same table."""
+        return Lookup.takes(module)
+
+    @staticmethod
+    def shape_of(module: Any) -> tuple[int, ...]:
+        """[V, d]."""
+        return Lookup.shape_of(module)
 
     def shaped(self, product: jax.Array) -> jax.Array:
         """[1, d, V] as [V, d]."""
