@@ -20,7 +20,13 @@ BALANCE = {"cpu": 30.0, "gpu": 15.0, "tpu": 15.0}
 
 
 class Recorded(JaxStep):
-    """A step that knows the uses of the layers; they are found and planned at the first batch."""
+    """
+    A step that knows the uses of the layers; they are found and planned at the first batch.
+
+    ``budgeted``: whether what is held must fit ``memory_budget_bytes``.
+    """
+
+    budgeted = False
 
     def __init__(self, *args: Any, memory_budget_bytes: int | None = None, **options: Any) -> None:
         super().__init__(*args, memory_budget_bytes=memory_budget_bytes, **options)
@@ -35,14 +41,14 @@ class Recorded(JaxStep):
         return cost.show(self.plan)
 
     def uses(self, inputs: Any, targets: Any) -> list[Use]:
-        """What the rules take, for ``inputs`` of this shape; plans where the shape is new."""
+        """What the rules take, and the plan, for ``inputs`` of this shape; called when tracing."""
         shapes = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (inputs, targets)
         )
         key = str(shapes)
         if key not in self._proved:
             self._proved[key] = self._parts.proved(*shapes)
-            self._make_plan(self._proved[key])
+        self._make_plan(self._proved[key])
         return self._proved[key]
 
     def allowed(self, ways: tuple[str, ...]) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ class Recorded(JaxStep):
             )
         self.plan = cost.plan(
             layers,
-            memory_budget_bytes=self.memory_budget_bytes,
+            memory_budget_bytes=self.memory_budget_bytes if self.budgeted else None,
             balance=BALANCE[self.device.platform],
         )
         self.ways = {choice.layer.name: choice.way for choice in self.plan}

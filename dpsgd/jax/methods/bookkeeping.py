@@ -24,6 +24,8 @@ class Bookkeeping(Recorded):
         ValueError: at the first batch, a memory budget that no plan fits.
     """
 
+    budgeted = True
+
     def _sum_and_norms(self, params, inputs, targets, mask):
         uses = [u.told(self.ways[u.name], held=True) for u in self.uses(inputs, targets)]
         rows, found, squared = self.norm_pass(

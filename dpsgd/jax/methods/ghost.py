@@ -17,9 +17,6 @@ from dpsgd.jax.step import select_rows
 class Ghost(Recorded):
     """Exact flat clipping for unmodified ``flax.nnx`` models, in the memory of SGD."""
 
-    def __init__(self, *args, memory_budget_bytes=None, **options) -> None:
-        super().__init__(*args, **options)  # nothing is held, so no budget is asked for
-
     def allowed(self, ways):
         """Only norms of what is dropped at once."""
         return tuple(way for way in ways if way != "keep") or ways
