@@ -55,7 +55,7 @@ class Setting:
 class Use:
     """One call of one layer: what is held of it, and what came back to its zeros."""
 
-    def __init__(self, rule: Rule, way: str, setting: Setting, y: Tensor) -> None:
+    def __init__(self, rule: Rule, way: str, setting: Setting) -> None:
         self.rule, self.way, self.setting = rule, way, setting
         self.zeros: list[Tensor] = []
         self.found: list[Tensor] = []
@@ -134,7 +134,7 @@ class Run:
 
     def tapped(self, rule: Rule, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with its tap."""
-        use = Use(rule, self.ways.get(rule.name, "hold"), self.setting, y)
+        use = Use(rule, self.ways.get(rule.name, "hold"), self.setting)
         use.zeros = use.make_zeros(y)
         if self.open:
             if use.holds:

@@ -157,11 +157,11 @@ class Recorded(TorchStep):
     def _compiled_attempt(self, inputs, targets, mask) -> Tensor | None:
         leaves, tree = tree_flatten((inputs, targets, mask))
         key = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        whole = _Whole(self)
         named = {f"model.{n}": p for n, p in self.model.named_parameters()}
         named |= {f"model.{n}": b for n, b in self.model.named_buffers()}
         if key not in self._graphs:
             self._ready(inputs, targets, mask)
+            whole = _Whole(self)
 
             def batch(named, *leaves):
                 if not self.norms_only:

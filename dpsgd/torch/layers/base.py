@@ -24,6 +24,10 @@ class Seen:
     examples: int
     y: Tensor | None = None
 
+    def fresh(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """New memory, uninitialised."""
+        return self.g.new_empty(shape, dtype=dtype)
+
 
 def fold(t: Tensor, examples: int) -> Tensor:
     """[P·k, …] to [P, k, …]: windows or tokens that were moved into the leading axis."""
@@ -201,12 +205,8 @@ class Product(Rule):
 
     def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
-
-        def fresh(shape, dtype):
-            return seen.g.new_empty(shape, dtype=dtype)
-
         return [
-            self.pulled(name, self.weights(seen, fresh))
+            self.pulled(name, self.weights(seen, seen.fresh))
             if name == "weight"
             else self.bias(seen.g, seen.examples)
             for name in self.trained
@@ -266,10 +266,7 @@ class Product(Rule):
         y = None if seen.y is None else own(seen.y)
         one = Seen(x=own(seen.x), g=own(seen.g), y=y, examples=1)
 
-        def fresh(shape, dtype):
-            return seen.g.new_empty(shape, dtype=dtype)
-
-        return self.square_weights(self.weights(one, fresh), one)
+        return self.square_weights(self.weights(one, one.fresh), one)
 
     def gram(self, inputs: Tensor, outputs: Tensor, seen: Seen) -> Tensor:
         """‖GᵀX‖² = ⟨XXᵀ, GGᵀ⟩ [P], accumulated in float32."""
