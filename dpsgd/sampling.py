@@ -11,9 +11,10 @@ cryptographic, so an adversary who could observe its state is outside the guaran
 secret.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +44,15 @@ class LogicalBatch:
         """B, the number of examples drawn. A secret: show it to nobody."""
         return len(self.indices)
 
+    def share(self, rank: int, world: int) -> "LogicalBatch":
+        """
+        What ``rank`` of ``world`` works on: every ``world``-th example of the one global draw.
+
+        All ranks must have drawn with one seed. Their sizes, so their numbers of physical batches,
+        differ by at most 1; a share may be empty.
+        """
+        return replace(self, indices=self.indices[rank::world])
+
     def __len__(self) -> int:
         return math.ceil(self.size / self.physical_batch_size)
 
@@ -55,6 +65,21 @@ class LogicalBatch:
                 indices=np.concatenate([real, np.zeros(padding, np.int64)]),
                 mask=np.arange(len(real) + padding) < len(real),
             )
+
+
+def side_by_side(shares: Sequence[LogicalBatch]) -> Iterator[PhysicalBatch]:
+    """
+    Physical batches [len(shares) · P] of the devices that one process drives; padded ones only.
+
+    A device whose share has ended gets a fully masked batch until the longest one ends.
+    """
+    width = shares[0].physical_batch_size
+    empty = PhysicalBatch(indices=np.zeros(width, np.int64), mask=np.zeros(width, bool))
+    for parts in itertools.zip_longest(*shares, fillvalue=empty):
+        yield PhysicalBatch(
+            indices=np.concatenate([part.indices for part in parts]),
+            mask=np.concatenate([part.mask for part in parts]),
+        )
 
 
 def draw(rng: np.random.Generator, num_examples: int, sample_rate: float) -> np.ndarray:
