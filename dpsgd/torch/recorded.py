@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -171,7 +172,7 @@ class Recorded(TorchStep):
             # Hugging Face looks at values (is any token masked?) unless it is being compiled.
             with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
                 graph = make_fx(batch)(named, *leaves)
-            self._graphs[key] = self.compiled(graph)
+            self._graphs[key] = self.compiled(_reshaped(graph))
         with torch.no_grad():
             squares, *sums = self._graphs[key](named, *leaves)
             finite = squares.isfinite()
@@ -224,6 +225,15 @@ class Recorded(TorchStep):
         if len(calls) == 1 and kinds == {Embedding, Linear} and len(rule.names) == 1:
             return ("tied",)
         return ("together",)
+
+
+def _reshaped(graph: GraphModule) -> GraphModule:
+    # The compiler assumes other strides than a traced kernel gives, where a view may not exist.
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return graph
 
 
 class _Whole(nn.Module):
