@@ -26,7 +26,7 @@ FACTS = ("step", "draw", "config", "parameters")  # what ranks must agree on, on
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """
-    This process among all.
+    One process among all of a run.
 
     Attributes:
         rank: in [0, W).

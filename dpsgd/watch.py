@@ -191,7 +191,7 @@ class Watch:
         silent_s = self._unchanged("beat", state and state["beat"], now)
         step, waited_s = self._state["arrived"], now - (self._since or now)
         if state is None:
-            if silent_s < self.first_timeout_s:
+            if silent_s < 3 * self.timeout_s:  # imports take their time
                 return None
             return f"rank {other} has never started to work"
         if state["end"].startswith("failed"):
