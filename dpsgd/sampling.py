@@ -195,10 +195,8 @@ def rank_batches(
         poisson_batches(bounds[r + 1] - bounds[r], rate, width, steps, seed=keys[r], **rest)
         for r in (range(world) if even else [ranks.rank])  # all, only where all lengths are needed
     ]
-    return (
-        _shard(logical, bounds[ranks.rank], ranks.rank, even)
-        for logical in zip(*parts, strict=True)
-    )
+    first = bounds[ranks.rank]
+    return (_shard(drawn, first, ranks.rank, even) for drawn in zip(*parts, strict=True))
 
 
 def _shard(drawn: tuple[LogicalBatch, ...], first: int, rank: int, even: bool) -> LogicalBatch:

@@ -1,5 +1,6 @@
 """
-Many ranks on torch.distributed: g = (1/L) Σ_r ( Σ_{i∈B_r} c_i g_i + n_r ), one all-reduce per update.
+Many ranks on torch.distributed: one sum,
+g = (1/L) Σ_r ( Σ_{i∈B_r} c_i g_i + n_r ).
 
 Every rank sums its share of the global draw without any traffic. ``update`` adds the rank's noise,
 then one all-reduce sums the flat buffer [n + 4W]: n gradients, and each rank's digests of what all
@@ -91,7 +92,7 @@ def disconnect(ranks: Ranks, error: BaseException | None = None) -> None:
 
 def noise_share(placement: str, ranks: Ranks) -> float:
     """
-    This rank's noise std as a fraction of σC; the squares of all ranks sum to 1.
+    Noise std of this rank as a fraction of σC; the squares of all ranks sum to 1.
 
     Raises:
         ValueError: there is no such placement.

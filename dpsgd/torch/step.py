@@ -165,9 +165,7 @@ class TorchStep:
 
     def _check_sync(self, sync: str) -> None:
         if sync != "once":
-            raise ValueError(
-                f"sync is {sync!r}; a private method has only 'once' per logical batch"
-            )
+            raise ValueError(f"sync is {sync!r}; a private method sums 'once' per logical batch")
 
     def synchronize(self) -> None:
         """Wait for the device."""
