@@ -1,0 +1,224 @@
+"""A rank that dies, stops, hangs, fails, ends early or disagrees ends the run everywhere."""
+
+import threading
+
+import launch
+import pytest
+
+from dpsgd.ranks import Agreement, Disagreement, Ranks, digest
+from dpsgd.watch import EXIT_CODE, Watch
+
+
+class Memory(dict):
+    """A store in memory, which can break."""
+
+    broken = False
+
+    def set(self, key, value):
+        if self.broken:
+            raise ConnectionError
+        self[key] = value
+
+    def delete(self, key):
+        self.pop(key, None)
+
+
+class Trio:
+    """Three ranks after their first update, and a clock that the test moves."""
+
+    def __init__(self):
+        self.now, self.store, self.gone, self.open = 0.0, Memory(), set(), []
+        self.watches = [
+            Watch(r, 3, self.store, timeout_s=10, first_timeout_s=60, clock=lambda: self.now)
+            for r in range(3)
+        ]
+        for watch in self.watches:
+            with watch.waiting(1):
+                pass
+
+    def arrive(self, *ranks):
+        """Be in the collective of update 2 from now on."""
+        for rank in ranks:
+            self.open.append(self.watches[rank].waiting(2))
+            self.open[-1].__enter__()
+
+    def after(self, seconds, working=()):
+        """What all that are left say, when the first says something."""
+        for _ in range(seconds):
+            self.now += 1
+            for rank in working:
+                self.watches[rank].progress()
+            left = [r for r in range(3) if r not in self.gone]
+            said = {r: self.watches[r].round() for r in left}
+            if any(said.values()):
+                return {r: said[r] or self.watches[r].round() for r in left}
+        return {}
+
+
+@pytest.fixture
+def trio():
+    return Trio()
+
+
+def test_ranks_that_only_compute_are_left_alone(trio):
+    assert not trio.after(500)
+
+
+def test_who_waits_does_not_end_while_the_others_work(trio):
+    trio.arrive(0, 2)
+    assert not trio.after(500, working=(1,))
+
+
+def test_busy_ranks_are_given_time(trio):
+    trio.arrive(0, 2)
+    with trio.watches[1].busy():
+        assert not trio.after(50)
+    assert "rank 1 hangs" in trio.after(20)[0]
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_one_that_hangs_is_named_by_all(trio, victim):
+    trio.arrive(*{0, 1, 2} - {victim})
+    said = trio.after(15)
+    assert len(said) == 3
+    for words in said.values():
+        assert f"rank {victim} hangs: no progress for 11 s, while update 2 waits for it" in words
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_one_that_is_silent_is_named_by_all(trio, victim):
+    assert not trio.after(3)
+    trio.gone = {victim}
+    said = trio.after(15)
+    assert len(said) == 2
+    assert all(f"rank {victim} has given no sign of life for" in words for words in said.values())
+
+
+def test_one_that_fails_is_named_by_all_and_keeps_its_message(trio):
+    trio.watches[1].stop(ZeroDivisionError("a secret"))
+    trio.gone = {1}
+    for words in trio.after(1).values():
+        assert words == "rank 1 failed (ZeroDivisionError) after arriving at update 1"
+
+
+def test_a_disagreement_is_told_in_full(trio):
+    trio.watches[1].stop(Disagreement("rank 2 differs"))
+    trio.gone = {1}
+    assert "failed (Disagreement: rank 2 differs)" in trio.after(1)[0]
+
+
+def test_one_that_ends_early_is_named(trio):
+    trio.arrive(0)
+    trio.watches[1].stop()
+    trio.gone = {1}
+    assert trio.after(15)[0] == "rank 1 ended after update 1, but update 2 needs it"
+
+
+def test_a_network_that_hangs_is_told_from_a_rank_that_does(trio):
+    trio.arrive(0, 1, 2)
+    assert "all ranks have arrived at update 2, but its all-reduce" in trio.after(15)[0]
+
+
+def test_a_rank_that_never_came_is_named(trio):
+    trio.gone = {1, 2}
+    assert "rank 1 has never started" in trio.after(40)[0]
+
+
+def test_a_lost_store_ends_the_rank(trio):
+    trio.store.broken = True
+    assert "is gone (ConnectionError)" in trio.after(1)[2]
+
+
+def test_a_store_that_hangs_ends_the_rank(trio):
+    trio.after(1)
+    trio.now += 14
+    assert trio.watches[1].overdue() is None
+    trio.now += 2
+    assert "has not answered for 15 s" in trio.watches[1].overdue()
+
+
+def test_all_ends_well(trio):
+    trio.after(1)
+    for rank in (2, 1):
+        trio.watches[rank].stop()
+        trio.gone.add(rank)
+        assert not trio.after(50)
+    trio.watches[0].stop()
+
+
+def test_threads_tell_and_leave():
+    """The same with real time: rank 1 is never there."""
+    left = threading.Event()
+    watch = Watch(0, 2, Memory(), timeout_s=0.2, leave=lambda sentence: left.set())
+    watch.start()
+    assert left.wait(60)
+    watch.stop()
+
+
+# Processes, over gloo
+
+FAULTS = {
+    ("dies", 1): "rank 1 has given no sign of life",
+    ("stops", 0): "the store of the ranks has not answered",
+    ("hangs", 1): "rank 1 hangs: no progress",
+    ("raises", 2): "rank 2 failed (ZeroDivisionError) after arriving at update 2",
+    ("ends", 1): "rank 1 ended after update 2, but update 3 needs it",
+    ("differs", 2): "rank 2 differs from rank 0 in draw",
+}
+SLOW = [("stops", 0), ("ends", 1), ("raises", 2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "victim"),
+    [pytest.param(*f, marks=pytest.mark.slow) if f in SLOW else f for f in FAULTS],
+)
+def test_a_fault_ends_all_ranks_with_its_sentence(kind, victim, tmp_path):
+    processes = launch.start("ranks_fault.py", 3, tmp_path, kind, str(victim))
+    others = [process for rank, process in enumerate(processes) if rank != victim]
+    try:
+        codes = [process.wait(60) for process in others]
+    finally:
+        _, said = launch.finish([p for p in processes if p.kill() or True], tmp_path)
+    said = [text for rank, text in enumerate(said) if rank != victim]
+    words = FAULTS[kind, victim]
+    assert all(words in text for text in said), said
+    assert set(codes) <= ({1, EXIT_CODE} if kind == "differs" else {EXIT_CODE})
+    assert "a secret" not in "".join(said)
+
+
+# Who the ranks are, and whether they agree
+
+
+def test_ranks_of_torchrun_of_slurm_and_alone():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    assert Ranks.from_env(torchrun) == Ranks(rank=3, world=4, local_rank=1)
+    assert Ranks.from_env(slurm) == Ranks(rank=5, world=8, local_rank=1)
+    assert Ranks.from_env(torchrun | slurm).rank == 3
+    assert Ranks.from_env({}) == Ranks(rank=0, world=1, local_rank=0)
+    # The batch script of a job of 8 tasks, or an srun of one in it, is not rank 0 of 8.
+    assert Ranks.from_env({**slurm, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}).world == 1
+    with pytest.raises(ValueError, match="RANK is 4 and WORLD_SIZE 4"):
+        Ranks.from_env(torchrun | {"RANK": "4"})
+
+
+def agreements(world):
+    return [Agreement(ranks=Ranks(rank=r, world=world)) for r in range(world)]
+
+
+def test_digests_are_exact_in_float32():
+    for n in range(200):
+        found = digest("config", n)
+        assert 0 <= found < 2**24
+    all_ranks = agreements(3)
+    for one in all_ranks:
+        one.declare(draw=2**24 - 1, step=7)
+    all_ranks[0].check(sum(one.slots() for one in all_ranks))
+
+
+def test_the_majority_is_right():
+    all_ranks = agreements(4)
+    for rank, one in enumerate(all_ranks):
+        one.declare(step=1, parameters=5 + (rank == 0))
+    with pytest.raises(Disagreement, match="rank 0 differs from rank 1 in parameters"):
+        all_ranks[2].check(sum(one.slots() for one in all_ranks))
