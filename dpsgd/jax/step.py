@@ -66,6 +66,14 @@ def select_rows(mask: jax.Array, tree: Any) -> Any:
     )
 
 
+def laid_out(array: Any) -> np.ndarray:
+    """As JAX likes it: images NCHW to NHWC, int64 to int32."""
+    array = np.asarray(array)
+    if array.ndim == 4:
+        array = array.transpose(0, 2, 3, 1)
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
 class JaxStep:
     """
     Base of the JAX steps. ``compile`` is accepted and ignored: JAX always compiles.
@@ -153,17 +161,8 @@ class JaxStep:
         return self.loss(nnx.merge(self._graph, params, self._rest), inputs, targets)
 
     def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
-        """NumPy arrays to the devices: images NCHW to NHWC, int64 to int32."""
-
-        def place(array):
-            array = np.asarray(array)
-            if array.ndim == 4:
-                array = array.transpose(0, 2, 3, 1)
-            if array.dtype == np.int64:
-                array = array.astype(np.int32)
-            return self.place.put(array)
-
-        return jax.tree.map(place, (inputs, targets, mask))
+        """NumPy arrays to the devices, as :func:`laid_out`."""
+        return jax.tree.map(lambda a: self.place.put(laid_out(a)), (inputs, targets, mask))
 
     def accumulate(self, inputs: Any, targets: jax.Array, mask: jax.Array) -> None:
         """Add the clipped gradients of the unmasked examples."""
