@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +104,26 @@ def draw(rng: np.random.Generator, num_examples: int, sample_rate: float) -> np.
     return rng.choice(num_examples, size, replace=False)
 
 
+def check_arguments(
+    num_examples: int, sample_rate: float, physical_batch_size: int, steps: int
+) -> None:
+    """
+    Raise what :func:`poisson_batches` would, before anything is drawn.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    for name, value in (
+        ("num_examples", num_examples),
+        ("physical_batch_size", physical_batch_size),
+        ("steps", steps),
+    ):
+        if not value >= 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate is {sample_rate}; it must lie in (0, 1]")
+
+
 def poisson_batches(
     num_examples: int,
     sample_rate: float,
@@ -128,15 +149,7 @@ def poisson_batches(
     Raises:
         ValueError: an argument is out of range.
     """
-    for name, value in (
-        ("num_examples", num_examples),
-        ("physical_batch_size", physical_batch_size),
-        ("steps", steps),
-    ):
-        if not value >= 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate is {sample_rate}; it must lie in (0, 1]")
+    check_arguments(num_examples, sample_rate, physical_batch_size, steps)
     draws = _draws(num_examples, sample_rate, physical_batch_size, steps, seed, padded)
     return itertools.islice(draws, done, None)
 
@@ -180,7 +193,7 @@ def rank_batches(
     Raises:
         ValueError: an argument is out of range.
     """
-    rest = {"padded": padded, "done": done}
+    rest: dict[str, Any] = {"padded": padded, "done": done}
     rate, width, world = sample_rate, physical_batch_size, ranks.world
     if placement == "round-robin":
         draws = poisson_batches(num_examples, rate, width, steps, seed=seed, **rest)
