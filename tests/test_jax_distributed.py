@@ -1,11 +1,14 @@
 """DP-SGD over devices and processes in JAX: the same result as on one, one sum per update."""
 
+import math
 import re
 
 import numpy as np
 import pytest
 from launch import finish, results, start
 from scipy import stats
+
+from dpsgd.sampling import LogicalBatch, side_by_side
 
 LIMITS = {"float64": 1e-12, "float32": 1e-5}
 
@@ -115,3 +118,18 @@ def test_a_rank_that_fails_is_named_and_ends_the_run(tmp_path, check, survivor, 
     codes, errors = finish(start("ranks_jax.py", 2, tmp_path, check), tmp_path, timeout_s=60)
     assert all(codes), "every rank ends, and none well"
     assert re.search(words, errors[survivor])
+
+
+def test_a_share_is_dealt_again_to_the_devices_of_a_process():
+    for size in range(30):
+        whole = LogicalBatch(indices=np.arange(size), physical_batch_size=3)
+        parts, trips = [], set()
+        for rank in range(2):
+            mine = whole.share(rank, 2, even=True)
+            own = [mine.share(d, 3) for d in range(3)]
+            batches = list(side_by_side(own))
+            trips.add(len(batches))
+            parts += [i for b in batches for i in b.indices[b.mask]]
+            assert {share.drawn for share in own} == {whole.share(0, 2).drawn}
+        assert sorted(parts) == list(range(size))
+        assert trips == {math.ceil(math.ceil(math.ceil(size / 2) / 3) / 3)}

@@ -144,6 +144,11 @@ class JaxStep:
         self._norms = self._jit(place.norming(lambda *args: self._sum_and_norms(*args)[1]), "norms")
 
     @property
+    def shards(self) -> int:
+        """D, the devices that this process drives; a batch has P rows for each."""
+        return self.place.shards
+
+    @property
     def model(self) -> nnx.Module:
         """The model with the parameters as they are now."""
         params = jax.tree.map(jnp.copy, self.place.here(self.params))
