@@ -15,7 +15,7 @@ from dpsgd.checkpoint import Folder
 from dpsgd.data import Dataset
 from dpsgd.privacy import PrivacyConfig
 from dpsgd.ranks import Ranks
-from dpsgd.sampling import LogicalBatch
+from dpsgd.sampling import LogicalBatch, side_by_side
 
 
 class Interrupted(KeyboardInterrupt):
@@ -94,6 +94,9 @@ def run(
 def _accumulate(step, logical, number, dataset, config, report) -> None:
     if report:
         report(f"step {number}: B = {logical.size}")
+    devices = getattr(step, "shards", 1)  # that this process drives, each with a share
+    if devices > 1:
+        logical = side_by_side([logical.share(d, devices) for d in range(devices)])
     for i, physical in enumerate(logical):
         inputs, targets = dataset.batch(physical.indices)
         placed = step.put(inputs, targets, physical.mask)

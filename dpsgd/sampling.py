@@ -59,14 +59,16 @@ class LogicalBatch:
 
         All ranks must have drawn with one seed. Their sizes, so their numbers of physical batches,
         differ by at most 1; a share may be empty. With ``even`` the numbers of physical batches are
-        the same: where a rank's draw has ended, the last one is fully masked.
+        the same: where a rank's draw has ended, the last one is fully masked. A rank's share can be
+        dealt again, to its devices.
         """
         longest = math.ceil(self.size / world)
+        trips = math.ceil(longest / self.physical_batch_size) if even else 0
         return replace(
             self,
             indices=self.indices[rank::world],
-            trips=math.ceil(longest / self.physical_batch_size) if even else 0,
-            drawn=digest(self.indices),
+            trips=max(trips, math.ceil(self.trips / world)),
+            drawn=self.drawn or digest(self.indices),
         )
 
     def __len__(self) -> int:

@@ -199,7 +199,7 @@ def train(
             precision=precision,
             compile=compile,
             seed=keys.noise,
-            **(many if ranks.world > 1 else {}),
+            **(many if ranks.world > 1 or _devices(row) else {}),
         )
         if folder:
             if not isinstance(step, Resumable):
@@ -244,6 +244,11 @@ def _joined(row: Method, device: str | None) -> Iterator[Ranks]:
         distributed.disconnect(ranks, error)
         raise
     distributed.disconnect(ranks)
+
+
+def _devices(row: Method) -> bool:
+    # Whether one process may drive several devices.
+    return row.framework == "jax" and row.static_shapes
 
 
 def _spent(row: Method, config: PrivacyConfig, charged: int) -> float:
