@@ -5,9 +5,11 @@ On a CPU, PyTorch draws normals in one thread, which for a large model takes lon
 optimizer. Here fixed slices have a Mersenne Twister each, and a block that is still in the cache
 gets its noise. On a GPU it is one draw of Philox.
 
-Guarantees: the streams are keyed from the operating system's entropy through NumPy's SeedSequence
-(128 bits) unless a seed is asked for. Neither generator is cryptographic; normals are float32 by
-Box-Muller, so their tails and their grid are those of float32.
+Guarantees: the noise of step t is a function of (key, rank, t), so that an interrupted step can be
+repeated with its own noise and with no other's. The key is 128 bits of the operating system's
+entropy unless a seed is asked for; NumPy's SeedSequence makes the streams. Neither generator is
+cryptographic; normals are float32 by Box-Muller, so their tails and their grid are those of
+float32.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -21,26 +23,38 @@ BLOCK = 1 << 18
 
 
 class Noise:
-    """Streams that no two steps share; ``seed`` is for tests and benchmarks."""
+    """
+    Streams that no two steps share.
 
-    def __init__(self, device: torch.device, seed: int | None = None) -> None:
-        keys = np.random.SeedSequence(seed).spawn(STREAMS)
-        if device.type == "cpu":
-            self.generators = [_keyed(key) for key in keys]
-        else:
-            whole = int(keys[0].generate_state(1, np.uint64)[0] >> 1)
-            self.generators = [torch.Generator(device).manual_seed(whole)]
+    Args:
+        device: of the tensors that get noise.
+        seed: a key to come back to (tests, benchmarks, a resumed run); None draws a fresh one.
+        rank: ranks that were given one seed have different noise all the same.
+    """
+
+    def __init__(self, device: torch.device, seed: int | None = None, rank: int = 0) -> None:
+        self._entropy, self._rank = np.random.SeedSequence(seed).entropy, rank
+        streams = STREAMS if device.type == "cpu" else 1
+        self.generators = [torch.Generator(device) for _ in range(streams)]
+
+    def at(self, step: int) -> list[torch.Generator]:
+        """The generators, at the beginning of ``step``."""
+        for stream, generator in enumerate(self.generators):
+            key = (self._rank, step, stream)
+            rekey(generator, np.random.SeedSequence(self._entropy, spawn_key=key))
+        return self.generators
 
     @torch.no_grad()
-    def add(self, flat: Tensor, std: float, divisor: float) -> None:
-        """``flat`` [n] ← (``flat`` + std·N(0, I)) / ``divisor``."""
-        slices = flat.tensor_split(len(self.generators))
+    def add(self, flat: Tensor, std: float, divisor: float, step: int) -> None:
+        """``flat`` [n] ← (``flat`` + std·N(0, I)) / ``divisor``, with the noise of ``step``."""
+        generators = self.at(step)
+        slices = flat.tensor_split(len(generators))
         if len(slices) == 1:
-            return _fill(self.generators[0], flat, std, divisor, flat.numel())
+            return _fill(generators[0], flat, std, divisor, flat.numel())
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             tasks = [
                 pool.submit(_fill, generator, part, std, divisor, BLOCK)
-                for generator, part in zip(self.generators, slices, strict=True)
+                for generator, part in zip(generators, slices, strict=True)
             ]
         for task in tasks:
             task.result()
@@ -54,10 +68,14 @@ def _fill(generator, part: Tensor, std: float, divisor: float, block: int) -> No
         piece.add_(noise).div_(divisor)
 
 
-def _keyed(key: np.random.SeedSequence) -> torch.Generator:
+def rekey(generator: torch.Generator, key: np.random.SeedSequence) -> None:
+    """Begin the stream of ``key``."""
+    if generator.device.type != "cpu":
+        generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        return
     # manual_seed would use 32 bits; the state of the Mersenne Twister has 624 words.
-    generator = torch.Generator().manual_seed(0)
+    generator.manual_seed(0)
     state = generator.get_state()
     words = state.numpy().view(np.uint64)  # seed, counters, position, 624 words in 64 bits each
     words[3 : 3 + 624] = key.generate_state(624, np.uint32)
-    return generator.set_state(state)
+    generator.set_state(state)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from dpsgd.ranks import Ranks
+from dpsgd.torch.distributed import Reducer, noise_share
 from dpsgd.torch.noise import Noise
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -54,8 +56,16 @@ class TorchStep:
     """
     Base of the torch steps; a method adds its sums to ``self.views`` in ``accumulate``.
 
+    Args, beyond those that README shows:
+        ranks: this process among those of the default process group; None is alone.
+        noise_placement: ``split`` over the ranks, or all on ``rank0``.
+        sync: ``once`` per logical batch; SGD also at ``every`` physical batch.
+
+    Attributes:
+        done: updates so far; the noise of an update depends on its number.
+
     Raises:
-        ValueError: BatchNorm, no trainable parameter, mixed dtypes or an unknown precision.
+        ValueError: BatchNorm, no trainable parameter, mixed dtypes or an unknown option.
     """
 
     private = True
@@ -72,6 +82,9 @@ class TorchStep:
         compile: bool = False,
         memory_budget_bytes: int | None = None,
         seed: int | None = None,
+        ranks: Ranks | None = None,
+        noise_placement: str = "split",
+        sync: str = "once",
     ) -> None:
         check_model(model)
         if precision not in PRECISIONS:
@@ -92,11 +105,19 @@ class TorchStep:
         first = self.params[0]
         self.device = first.device
         sizes = [p.numel() for p in self.params]
-        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=self.device)
+        self._check_sync(sync)
+        self.ranks, self.done = ranks or Ranks(), 0
+        shapes = [(n, tuple(p.shape), p.dtype) for n, p in named]
+        facts = (type(self).__name__, privacy, physical_batch_size, precision, shapes)
+        facts += (type(optimizer).__name__, optimizer.defaults, noise_placement, sync)
+        self.reduce = Reducer(self.ranks, sum(sizes), first, facts)
+        self.flat = self.reduce.flat
         self.views = [
             v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params, strict=True)
         ]
-        self.noise = Noise(self.device, seed)
+        self.noise = Noise(self.device, seed, self.ranks.rank)
+        share = noise_share(noise_placement, self.ranks) if self.private else 0.0
+        self.noise_multiplier = share * privacy.noise_multiplier  # this rank's part of σ
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
@@ -113,24 +134,38 @@ class TorchStep:
 
     def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
         """NumPy arrays to tensors on the model's device."""
+        self.ranks.progress()
         return tree_map(lambda a: torch.as_tensor(a).to(self.device), (inputs, targets, mask))
 
     def accumulate(self, inputs: Any, targets: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the clipped gradients of the unmasked examples."""
         raise NotImplementedError
 
+    def declare(self, **facts: int) -> None:
+        """Digests (``draw``) that must be the same on all ranks at the next ``update``."""
+        self.reduce.agreement.declare(**facts)
+
     @torch.no_grad()
     def update(self) -> None:
-        """Noise once, divide by L, the optimizer, clear."""
-        std = self.privacy.noise_multiplier * self.privacy.clip_norm
-        if self.private and std > 0:
-            self.noise.add(self.flat, std, self.privacy.expected_batch_size)
+        """Noise once, divide by L, sum over the ranks, the optimizer, clear."""
+        self.done += 1
+        std = self.noise_multiplier * self.privacy.clip_norm
+        if std > 0:
+            self.noise.add(self.flat, std, self.privacy.expected_batch_size, self.done)
         else:
             self.flat.div_(self.privacy.expected_batch_size)
+        self._reduce()
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         self.optimizer.step()
         self.flat.zero_()
+
+    def _reduce(self) -> None:
+        self.reduce(self.done, self.params)
+
+    def _check_sync(self, sync: str) -> None:
+        if sync != "once":
+            raise ValueError(f"sync is {sync!r}; a private method sums 'once' per logical batch")
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -6,7 +6,6 @@ examples are dropped, and an empty physical batch skipped, outside of Opacus.
 Its clip factor is C/(‖g‖+1e-6), capped at 1.
 """
 
-import secrets
 import warnings
 
 import numpy as np
@@ -28,16 +27,13 @@ class Opacus(TorchStep):
         if self.compile:
             raise ValueError("every Opacus hook breaks torch.compile's graph: run it eager")
         self.module = self.wrapper(model, loss_reduction="sum", **self._wrapper_options())
-        seed = options.get("seed")
-        generator = torch.Generator(self.device)
-        generator.manual_seed(secrets.randbits(63) if seed is None else seed)
         self.dp_optimizer = self.wrapped_optimizer(
             optimizer,
-            noise_multiplier=privacy.noise_multiplier,
+            noise_multiplier=self.noise_multiplier,  # its rank's part, from its rank's generator
             max_grad_norm=privacy.clip_norm,
             expected_batch_size=privacy.expected_batch_size,
             loss_reduction="sum",
-            generator=generator,
+            generator=self.noise.generators[0],
         )
 
     def _wrapper_options(self) -> dict:
@@ -63,11 +59,18 @@ class Opacus(TorchStep):
             self.dp_optimizer.zero_grad()
 
     def update(self) -> None:
-        """Opacus' noise once, divide by L, the optimizer, clear."""
+        """Opacus' noise once, sum over the ranks, divide by L, the optimizer, clear."""
+        self.done += 1
+        self.noise.at(self.done)
         for p in self.params:
             if p.summed_grad is None:
                 p.summed_grad = torch.zeros_like(p)
         self.dp_optimizer.add_noise()
+        if self.ranks.world > 1:
+            torch._foreach_copy_(self.views, [p.grad for p in self.params])
+            self._reduce()
+            for p, view in zip(self.params, self.views, strict=True):
+                p.grad = view
         for p in self.params:
             p.grad.div_(self.privacy.expected_batch_size)
         self.dp_optimizer.original_optimizer.step()

@@ -1,0 +1,224 @@
+"""
+A watch over the ranks of a run: one that dies or hangs ends all of them, with a sentence.
+
+Each rank tells a small store, in a thread of its own, that it lives and how far it has come, and
+reads what its neighbour in the ring tells: (rank+1) mod W. The first that finds a fault writes the
+verdict down, and all leave with it. Nobody's clock but one's own is trusted: a neighbour is dead
+when what it tells has not changed for ``timeout_s``.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+EXIT_CODE = 70  # EX_SOFTWARE
+
+
+class Store(Protocol):
+    """Strings by key, seen by all ranks: torch's TCPStore, or JAX's coordination service."""
+
+    def set(self, key: str, value: str) -> None:
+        """Write, over an older value too."""
+
+    def get(self, key: str) -> str | None:
+        """Read without waiting; None where nothing was written."""
+
+    def delete(self, key: str) -> None:
+        """Remove, if it is there."""
+
+
+def leave(sentence: str) -> None:
+    """Say why and end the process at once, whatever its main thread waits for."""
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
+
+
+class Watch:
+    """
+    Started with :meth:`start`, ended with :meth:`stop`.
+
+    Args:
+        rank: of this process.
+        world: number of ranks.
+        store: a connection that no other thread waits on.
+        timeout_s: without a sign of life, or of progress while others wait, a rank is given up.
+        first_timeout_s: the same for progress until the first update is through (compilation).
+        leave: called with the sentence; it does not return.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        store: Store,
+        *,
+        timeout_s: float = 40.0,
+        first_timeout_s: float = 600.0,
+        leave: Callable[[str], None] = leave,
+    ) -> None:
+        self.rank, self.world, self.store, self._leave = rank, world, store, leave
+        self.timeout_s, self.first_timeout_s = timeout_s, first_timeout_s
+        self.interval_s = min(1.0, timeout_s / 10)
+        self._state: dict[str, Any] = {
+            "beat": 0,
+            "progress": 0,
+            "arrived": 0,  # the update that this rank has come to
+            "patience_s": first_timeout_s,  # how long it may go without progress
+            "end": "",
+        }
+        self._since: float | None = None  # when this rank began to wait in a collective
+        self._last_round = time.monotonic()
+        self._seen: dict[str, tuple[Any, float]] = {}
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begin to tell and to read."""
+        for work in (self._rounds, self._guard):
+            self._threads.append(threading.Thread(target=work, daemon=True))
+            self._threads[-1].start()
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """
+        End, or tell of the ``error`` that ends this rank.
+
+        Rank 0, which may hold the store, waits for the others, ``timeout_s`` at most.
+        """
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(self.timeout_s)
+        with contextlib.suppress(Exception):
+            self._state["end"] = "ended" if error is None else f"failed ({type(error).__name__})"
+            self._tell()
+            until = time.monotonic() + self.timeout_s
+            while self.rank == 0 and time.monotonic() < until:
+                others = [self._read(r) for r in range(1, self.world)]
+                if all(other and other["end"] for other in others) or self.verdict():
+                    return
+                time.sleep(self.interval_s / 4)
+
+    def progress(self) -> None:
+        """Called now and then by whoever works: a rank without progress is taken to hang."""
+        self._state["progress"] += 1
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Around work that others may have to wait for, ``first_timeout_s`` at most."""
+        before = self._state["patience_s"]
+        self._state["patience_s"] = self.first_timeout_s
+        self.progress()
+        try:
+            yield
+        finally:
+            self.progress()
+            self._state["patience_s"] = before
+
+    @contextlib.contextmanager
+    def waiting(self, step: int) -> Iterator[None]:
+        """Around the collective of update ``step``, until its result is there."""
+        self.progress()
+        self._state["arrived"] = step
+        self._since = time.monotonic()
+        try:
+            yield
+        except Exception:
+            # A lost connection names nobody: the watch finds who it was, and ends this process.
+            self._stopped.wait(self.timeout_s + 3 * self.interval_s)
+            raise
+        finally:
+            self._since = None
+        self.progress()
+        self._state["patience_s"] = self.timeout_s
+
+    def verdict(self) -> str | None:
+        """What ended the run, if anything did."""
+        return self.store.get("watch/verdict")
+
+    def _tell(self) -> None:
+        self._state["beat"] += 1
+        self.store.set(f"watch/{self.rank}", json.dumps(self._state))
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        text = self.store.get(f"watch/{rank}")
+        return None if text is None else json.loads(text)
+
+    def _rounds(self) -> None:
+        while not self._stopped.wait(self.interval_s):
+            try:
+                self._tell()
+                found = self.verdict()
+                if not found and (found := self._judge(time.monotonic())):
+                    self.store.set("watch/verdict", found)
+            except Exception as error:
+                if self._stopped.is_set():
+                    return
+                found = f"the store of the ranks is gone ({type(error).__name__}): so is its holder"
+            if found:
+                if self.rank == 0:  # it may hold the store, and the others have yet to read
+                    time.sleep(3 * self.interval_s)
+                return self._leave(f"rank {self.rank} of {self.world} ends: {found}")
+            self._last_round = time.monotonic()
+        return None
+
+    def _guard(self) -> None:
+        limit = self.timeout_s + 5 * self.interval_s
+        while not self._stopped.wait(self.interval_s):
+            if time.monotonic() - self._last_round > limit:
+                return self._leave(
+                    f"rank {self.rank} of {self.world} ends: the store of the ranks has not "
+                    f"answered for {limit:.0f} s: the process that holds it (rank 0 or the "
+                    "launcher) hangs, or the network is gone"
+                )
+        return None
+
+    def _unchanged(self, what: str, value: Any, now: float) -> float:
+        # Seconds since ``value`` was another one, by this rank's clock.
+        if what not in self._seen or self._seen[what][0] != value:
+            self._seen[what] = value, now
+        return now - self._seen[what][1]
+
+    def _judge(self, now: float) -> str | None:
+        # What is wrong with the neighbour, or with all.
+        other = (self.rank + 1) % self.world
+        state = self._read(other)
+        silent_s = self._unchanged("beat", state and state["beat"], now)
+        step, waited_s = self._state["arrived"], now - (self._since or now)
+        if state is None:
+            if silent_s < 3 * self.timeout_s:  # imports take their time
+                return None
+            return f"rank {other} has never started to work"
+        if state["end"].startswith("failed"):
+            return f"rank {other} {state['end']} after arriving at update {state['arrived']}"
+        if state["end"]:
+            if waited_s < self.timeout_s or state["arrived"] >= step:
+                return None
+            return f"rank {other} ended after update {state['arrived']}, but update {step} needs it"
+        if silent_s > self.timeout_s:
+            return (
+                f"rank {other} has given no sign of life for {silent_s:.0f} s: its process is "
+                "dead or stopped, or its host cannot be reached"
+            )
+        idle_s = self._unchanged("progress", state["progress"], now)
+        patience_s = state["patience_s"]
+        if waited_s > self.timeout_s and idle_s > patience_s and state["arrived"] < step:
+            return (
+                f"rank {other} hangs: no progress for {idle_s:.0f} s, while update {step} waits "
+                f"for it (it has come to update {state['arrived']})"
+            )
+        if waited_s > 1.2 * self.timeout_s and self._all_arrived(step):
+            return (
+                f"all ranks have arrived at update {step}, but its all-reduce has not ended in "
+                f"{waited_s:.0f} s: look at the network between them"
+            )
+        return None
+
+    def _all_arrived(self, step: int) -> bool:
+        states = [self._read(rank) for rank in range(self.world)]
+        return all(state is not None and state["arrived"] >= step for state in states)

@@ -1,0 +1,127 @@
+"""What every rank of a torch launch computes; ``test_torch_distributed`` looks at the results."""
+
+import hashlib
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dpsgd import METHODS, LogicalBatch, PrivacyConfig, models
+from dpsgd.ranks import Ranks
+from dpsgd.torch import models as torch_models
+from dpsgd.torch.distributed import connect, disconnect
+
+P = 2
+# Sizes of three logical batches: with 4 ranks uneven, with empty ranks, and empty.
+SIZES = (21, 2, 0)
+METHOD_NAMES = [name for name, row in METHODS.items() if row.framework == "torch"]
+
+
+def build(name, ranks, *, double=False, sigma=0.0, clip=1.0, seed=None, **more):
+    spec = models.get("digits-cnn")
+    model = torch_models.build(spec, seed=1)
+    if double:
+        model = model.double()
+    privacy = PrivacyConfig(
+        num_examples=1000, sample_rate=0.01, steps=10, noise_multiplier=sigma, clip_norm=clip
+    )
+    return METHODS[name].build(
+        model,
+        torch_models.optimizer(model, "sgd", 1.0),
+        privacy,
+        loss=torch_models.cross_entropy,
+        physical_batch_size=P,
+        seed=seed,
+        ranks=ranks,
+        **more,
+    )
+
+
+def data(double=False):
+    spec, rng = models.get("digits-cnn"), np.random.default_rng(0)
+    inputs = rng.standard_normal((max(SIZES), *spec.input_shape))
+    targets = rng.integers(0, spec.num_classes, max(SIZES))
+    return inputs.astype(np.float64 if double else np.float32), targets
+
+
+def drive(step, ranks, sizes=SIZES, *, double=False, even=False):
+    """The ordinary loop, over this rank's share of each logical batch."""
+    inputs, targets = data(double)
+    for size in sizes:
+        whole = LogicalBatch(indices=np.arange(size), physical_batch_size=P)
+        logical = whole.share(ranks.rank, ranks.world, even=even)
+        step.declare(draw=logical.drawn)
+        for part in logical:
+            step.accumulate(*step.put(inputs[part.indices], targets[part.indices], part.mask))
+        step.update()
+    return step
+
+
+def vector(step):
+    return np.concatenate([p.detach().numpy().ravel() for p in step.params])
+
+
+def bits(array):
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+class Counted:
+    """Collectives called within the block."""
+
+    def __enter__(self):
+        self.calls, self._real = [], {}
+        for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier"):
+            self._real[name] = getattr(dist, name)
+            setattr(dist, name, self._counting(name))
+        return self
+
+    def _counting(self, name):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            return self._real[name](*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_):
+        for name, real in self._real.items():
+            setattr(dist, name, real)
+
+
+def sums(ranks, found):
+    """Parameters after three updates, of all ranks and of one alone, and the collectives."""
+    start = vector(build("torch-sgd", Ranks()))
+    for name in METHOD_NAMES:
+        for double in (False, True):
+            if double and "opacus" in name:  # it keeps some of its norms in float32
+                continue
+            with Counted() as counted:
+                many = vector(drive(build(name, ranks, double=double), ranks, double=double))
+            one = vector(drive(build(name, None, double=double), Ranks(), double=double))
+            found[f"{name} {'float64' if double else 'float32'}"] = {
+                "off": float(np.abs(many - one).max() / np.abs(one - start).max()),
+                "calls": counted.calls,
+                "bits": bits(many),
+            }
+    with Counted() as counted:
+        step = build("torch-sgd", ranks, double=True, sync="every")
+        many = vector(drive(step, ranks, double=True, even=True))
+    one = vector(drive(build("torch-sgd", None, double=True), Ranks(), double=True))
+    found["every"] = {"off": float(np.abs(many - one).max()), "calls": counted.calls}
+
+
+def main(folder, *checks):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    ranks, found = connect(device="cpu", timeout_s=60), {}
+    for check in checks:
+        globals()[check](ranks, found.setdefault(check, {}))
+    Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
+    disconnect(ranks)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
