@@ -61,8 +61,8 @@ def script(args: argparse.Namespace, folder: Path, steps: list[tuple[str, int, i
     gpus, setup = "", []
     directives = list(args.directive)
     if args.devices == "cuda":
-        gpus = f"--gpus-per-node={args.gpus_per_node}"
-        directives.append(gpus)
+        gpus = '--gpus-per-node="$devices"'  # a process that is alone takes all that it sees
+        directives.append(f"--gpus-per-node={args.gpus_per_node}")
     else:
         setup = ["export JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="]
         setup += ["export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false"]

@@ -18,10 +18,11 @@ class Torch:
     def __init__(self, device: str) -> None:
         import torch
         import torch.distributed
-        from dpsgd.torch.distributed import connect
 
-        self.torch, self.device = torch, device
-        self.ranks = connect()
+        from dpsgd.torch import distributed
+
+        self.torch, self.device, self._distributed = torch, device, distributed
+        self.ranks = distributed.connect(device=device)
         if device == "cpu":
             torch.set_num_threads(1)
 
@@ -50,19 +51,18 @@ class Torch:
 
         return _timed(reduce, self.barrier, rounds)
 
-    def close(self) -> None:
-        """Leave the others."""
-        if self.torch.distributed.is_initialized():
-            self.torch.distributed.destroy_process_group()
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the others, or tell them of the ``error`` that ends this rank."""
+        self._distributed.disconnect(self.ranks, error)
 
 
 class Jax:
     """Over the devices of all JAX processes."""
 
     def __init__(self, device: str) -> None:
-        from dpsgd.jax.distributed import connect
+        from dpsgd.jax import distributed
 
-        self.ranks = connect()
+        self._distributed, self.ranks = distributed, distributed.connect(device=device)
         import jax
 
         self.jax, self.shards = jax, jax.local_device_count()
@@ -106,8 +106,9 @@ class Jax:
 
         return _timed(lambda: jax.block_until_ready(total(whole)), self.barrier, rounds)
 
-    def close(self) -> None:
-        """Nothing is to be left: the process ends."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the others, or tell them of the ``error`` that ends this rank."""
+        self._distributed.disconnect(self.ranks, error)
 
 
 def _timed(reduce, barrier, rounds: int) -> list[float]:

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from dpsgd import PrivacyConfig, models
-from dpsgd.sampling import LogicalBatch, PhysicalBatch, poisson_batches, side_by_side
+from dpsgd.sampling import LogicalBatch, poisson_batches, side_by_side
 from perf.plan import DELTA, STEPS, Setting
 from perf.protocol import LEARNING_RATE, SEED, placed, pool
 
@@ -29,13 +27,8 @@ def local(logical: LogicalBatch, ranks: Sequence[int], world: int, sync: str) ->
     Where every physical batch is reduced, all processes make as many as the longest share has, the
     last ones fully masked: a rank that left early would leave the others waiting.
     """
-    shares = [logical.share(rank, world) for rank in ranks]
-    parts = list(side_by_side(shares) if len(shares) > 1 else shares[0])
-    if sync == "every":
-        width = logical.physical_batch_size * len(shares)
-        none = PhysicalBatch(indices=np.zeros(width, np.int64), mask=np.zeros(width, bool))
-        parts += [none] * (len(logical.share(0, world)) - len(parts))
-    return parts
+    shares = [logical.share(rank, world, even=sync == "every") for rank in ranks]
+    return list(side_by_side(shares) if len(shares) > 1 else shares[0])
 
 
 class Share:
@@ -71,8 +64,9 @@ class Share:
             noise_placement=setting.placement,
             sync=setting.sync,
         )
-        self.shards = getattr(self.step, "shards", 1)
-        mine = range(ranks.rank * self.shards, (ranks.rank + 1) * self.shards)
+        place = getattr(self.step, "place", None)  # JAX: the devices of this process
+        mine = place.device_ranks if place else [ranks.rank]
+        self.shards = len(mine)
         draws = poisson_batches(
             setting.num_examples,
             setting.sample_rate,
@@ -83,9 +77,10 @@ class Share:
         )
         logical = list(itertools.islice((d for d in draws if d.size), DRAWS))
         self.sizes = [draw.size for draw in logical]
-        self.trips = [[len(draw.share(r, world)) for r in range(world)] for draw in logical]
-        if setting.sync == "every":
-            self.trips = [[max(counts)] * world for counts in self.trips]
+        even = setting.sync == "every"
+        self.trips = [
+            [len(draw.share(r, world, even=even)) for r in range(world)] for draw in logical
+        ]
         parts = [local(draw, mine, world, setting.sync) for draw in logical]
         inputs, targets = pool(spec, case.physical_batch * self.shards)
         self.batches = placed(self.step, parts, inputs, targets)

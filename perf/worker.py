@@ -199,6 +199,7 @@ def main() -> None:
         failed = Path(f"{spec['result']}.failed")
         if not failed.exists():
             failed.write_text(json.dumps({"status": status, "reason": reason}))
+        fabric.close(error)
         raise
     fabric.close()
 
