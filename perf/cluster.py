@@ -90,6 +90,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[list[Job], str]:
         return [], script(args, folder, steps)
     shape = {n * each: (n, each) for n, each in shapes}
     found = jobs(args, list(shape), folder)
+    if not found:
+        raise ValueError(f"no method of {args.framework} among {args.methods}")
     found.sort(key=lambda job: job.world_size)
     steps = [(job.framework, *shape[job.world_size], job.path.stem) for job in found]
     return found, script(args, folder, steps)

@@ -24,6 +24,8 @@ from perf.results import Job
 
 BYTES = [1 << n for n in range(10, 29, 3)]  # of the bare all-reduce: 1 KiB … 256 MiB
 
+NOTHING = 5  # exit code, as pytest's: nothing was selected
+
 
 def visible() -> int:
     """GPUs that this host has and lets this process see."""
@@ -162,8 +164,6 @@ def jobs(args: argparse.Namespace, worlds: Sequence[int], folder: Path) -> list[
                         settings=its,
                     )
                 )
-    if not found:
-        raise ValueError(f"no method of {args.framework} among {args.methods}")
     return found
 
 
@@ -181,6 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
         found = worlds(args.ranks, args.devices)
         folder = saved.FOLDER / device.slug(args.devices) / "runs" / f".multi-{os.getpid()}"
         todo = jobs(args, found, folder)
+        if not todo:
+            print(f"no method of {args.framework} among {args.methods}")
+            return NOTHING
         for job in todo:
             launch(job, args.timeout)
             print(f"[{job.framework}, {job.world_size} ranks] {job.summary()}", flush=True)
