@@ -5,9 +5,8 @@ A method gives ``_sum_and_norms(params, inputs, targets, mask)``. It is compiled
 ``accumulate``, whose running sum is donated, so that it is updated in place.
 """
 
-import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +17,8 @@ import optax
 from flax import nnx
 
 from dpsgd.jax import weights
+from dpsgd.jax.mesh import ROWS, SHARED, place_of
+from dpsgd.ranks import Ranks, digest
 
 MATMUL_PRECISION = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 _COMPILES: Counter[str] = Counter()
@@ -69,10 +70,12 @@ class JaxStep:
     """
     Base of the JAX steps. ``compile`` is accepted and ignored: JAX always compiles.
 
-    ``wrt`` is the nnx filter of what is trained; the rest is frozen.
+    ``wrt`` is the nnx filter of what is trained; the rest is frozen. With ``ranks``, the step
+    runs on ``devices`` of all processes (None: all of the model's kind), as :mod:`dpsgd.jax.mesh`
+    says: batches are [shards·P, ...], device w works on ``logical.share(w, place.world)``.
 
     Raises:
-        ValueError: BatchNorm, no trainable parameter or an unknown precision.
+        ValueError: BatchNorm, no trainable parameter, or an unknown option.
     """
 
     private = True
@@ -90,8 +93,14 @@ class JaxStep:
         memory_budget_bytes: int | None = None,
         seed: int | None = None,
         wrt: Any = nnx.Param,
+        ranks: Ranks | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        noise_placement: str = "split",
+        sync: str = "once",
     ) -> None:
         check_model(model, wrt)
+        if sync == "every" and self.private:
+            raise ValueError("sync is 'every'; a private method has only 'once' per logical batch")
         if precision not in MATMUL_PRECISION:
             names = ", ".join(MATMUL_PRECISION)
             raise ValueError(f"precision is {precision!r}; use one of {names}")
@@ -101,27 +110,35 @@ class JaxStep:
         self.physical_batch_size, self.optimizer = physical_batch_size, optimizer
         split: Any = nnx.split(model, wrt, ...)
         self._graph, params, self._rest = split
-        self.device = next(iter(jax.tree.leaves(params)[0].devices()))
+        device = next(iter(jax.tree.leaves(params)[0].devices()))
+        place = place_of(device, ranks, devices, noise_placement=noise_placement, sync=sync)
+        self.place, self.device, self.done = place, place.device, 0
+        shapes = [(a.shape, str(a.dtype)) for a in jax.tree.leaves(params)]
+        facts = type(self).__name__, privacy, physical_batch_size, precision, shapes
+        place.declare(config=digest(*facts, noise_placement, sync, place.world))
         # The step donates its buffers, so it needs its own; committed, or the first call retraces.
-        self.params = jax.tree.map(lambda a: jax.device_put(a.copy(), self.device), params)
-        self.opt_state = jax.device_put(optimizer.init(self.params), self.device)
+        self.params = place.replicate(jax.tree.map(lambda a: a.copy(), params))
+        self.opt_state = place.replicate(optimizer.init(self.params))
         self.total = self._zeros()
-        data = secrets.token_bytes(16) if seed is None else np.random.default_rng(seed).bytes(16)
-        # rbg: one hardware-friendly stream per key, several times faster than threefry.
-        key = jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="rbg")
-        self._key = jax.device_put(key, self.device)
+        self._key = place.keys(seed)
         parts = ("accumulate", "noise", "update")
         self._names = [f"{type(self).__name__}_{part}" for part in parts]
-        self._accumulate = self._jit(self._accumulated, self._names[0], donate_argnums=1)
+        accumulated = place.accumulating(self._accumulated)
+        self._accumulate = self._jit(accumulated, self._names[0], donate_argnums=1)
         # A function of its own: fused with the optimizer, XLA compiles both five times longer.
-        self._noise = self._jit(self._drawn, self._names[1], donate_argnums=0)
-        self._update = self._jit(self._updated, self._names[2], donate_argnums=(0, 1, 2))
-        self._norms = self._jit(lambda *args: self._sum_and_norms(*args)[1], "norms")
+        self._noise = self._jit(place.drawing(self._drawn), self._names[1], donate_argnums=0)
+        updated = place.updating(self._updated)
+        self._update = self._jit(updated, self._names[2], donate_argnums=(0, 1, 2))
+        norms = place.local(
+            lambda *args: self._sum_and_norms(*args)[1], (SHARED, ROWS, ROWS, ROWS), ROWS
+        )
+        self._norms = self._jit(norms, "norms")
 
     @property
     def model(self) -> nnx.Module:
         """The model with the parameters as they are now."""
-        return nnx.merge(self._graph, jax.tree.map(jnp.copy, self.params), self._rest)
+        params = jax.tree.map(jnp.copy, self.place.here(self.params))
+        return nnx.merge(self._graph, params, self._rest)
 
     def cast(self, tree: Any) -> Any:
         """Float32 arrays to bfloat16 where the precision asks for it."""
@@ -135,7 +152,7 @@ class JaxStep:
         return self.loss(nnx.merge(self._graph, params, self._rest), inputs, targets)
 
     def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
-        """NumPy arrays to the model's device: images NCHW to NHWC, int64 to int32."""
+        """NumPy arrays to the devices: images NCHW to NHWC, int64 to int32."""
 
         def place(array):
             array = np.asarray(array)
@@ -143,21 +160,27 @@ class JaxStep:
                 array = array.transpose(0, 2, 3, 1)
             if array.dtype == np.int64:
                 array = array.astype(np.int32)
-            return jax.device_put(array, self.device)
+            return self.place.put(array)
 
         return jax.tree.map(place, (inputs, targets, mask))
 
     def accumulate(self, inputs: Any, targets: jax.Array, mask: jax.Array) -> None:
         """Add the clipped gradients of the unmasked examples."""
+        self.place.pace(self.total)
         self.total = self._accumulate(self.params, self.total, inputs, targets, mask)
+
+    def declare(self, **facts: int) -> None:
+        """Digests (``draw``) that must be the same in all processes at the next ``update``."""
+        self.place.declare(**facts)
 
     def update(self) -> None:
         """Noise once, divide by L, the optimizer, clear."""
+        self.done += 1
         noise = None
         if self.private and self.privacy.noise_multiplier > 0:
             noise, self._key = self._noise(self._key)
-        self.params, self.opt_state, self.total = self._update(
-            self.params, self.opt_state, self.total, noise
+        self.params, self.opt_state, self.total = self.place.update(
+            self._update, self.params, self.opt_state, self.total, noise
         )
 
     def synchronize(self) -> None:
@@ -168,7 +191,7 @@ class JaxStep:
         """Clipped sum of one physical batch, {name: array}; the running sum is left as it was."""
         saved, self.total = self.total, self._zeros()
         self.accumulate(inputs, targets, mask)
-        result, self.total = weights.dump(self.total), saved
+        result, self.total = weights.dump(self.place.added(self.total)), saved
         return result
 
     def norms(self, inputs: Any, targets: Any, mask: Any) -> np.ndarray:
@@ -216,7 +239,7 @@ class JaxStep:
         return optax.apply_updates(params, updates), opt_state, cleared
 
     def _zeros(self) -> nnx.State:
-        return jax.tree.map(lambda a: jax.device_put(jnp.zeros_like(a), self.device), self.params)
+        return self.place.zeros(self.params)
 
     def _jit(self, function: Callable, name: str, **options: Any) -> Any:
         def traced(*args):

@@ -1,0 +1,388 @@
+"""
+Where a step runs: on one device, or on W devices of several processes with one sum per update.
+
+s = Σ_w s_w,   s_w = (clipped sum of device w) + N(0, σ²C²/W)
+
+Between two updates a process works alone, on a mesh of the D devices that it drives, in programs
+without a collective: it may see more physical batches than another one, or none. An update joins
+the shards, without a copy, to arrays on the mesh of all W, adds them up in one all-reduce, and
+hands every device the same parameters.
+
+``shard_map`` runs unchecked (``check_vma=False``): the checked one sums a gradient with respect to
+a replicated parameter over the mesh by itself, once for each physical batch, and refuses models
+that scan from a constant.
+
+Several processes send digests of what they must agree on in the same sum.
+
+Guarantees: no two devices share a noise key. The sum has noise of variance σ²C², once per update,
+whichever devices have no example. The processes trust each other: with ``split``, one that knows
+its own noise sees a sum with σ²C²(W-1)/W of it; with ``rank0``, the first sees one without.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpsgd.ranks import FACTS, Agreement, Ranks
+
+AXIS = "data"
+SHARED = "shared"  # the same on every device
+ROWS = "rows"  # [D·P, ...], cut along the leading axis
+OWN = "own"  # [D, ...], one entry for each device, which sees it without that axis
+PLACEMENTS = ("split", "rank0")
+SYNCS = ("once", "every")
+
+
+def noise_key(seed: int | None, device_rank: int = 0) -> jax.Array:
+    """A key for one device: from the operating system, or for tests from ``seed``."""
+    if seed is None:
+        data = secrets.token_bytes(16)
+    else:
+        own = (device_rank,) if device_rank else ()
+        data = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=own)).bytes(16)
+    # rbg: one hardware-friendly stream per key, several times faster than threefry.
+    return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="rbg")
+
+
+class OneDevice:
+    """No mesh: functions run as they are."""
+
+    shards, world, device_ranks, every = 1, 1, (0,), False
+
+    def __init__(self, device: jax.Device) -> None:
+        self.device = device
+
+    def put(self, rows: Any) -> Any:
+        """An array of the batch to the device."""
+        return jax.device_put(rows, self.device)
+
+    def replicate(self, tree: Any) -> Any:
+        """``tree`` on the device."""
+        return jax.device_put(tree, self.device)
+
+    def keys(self, seed: int | None) -> jax.Array:
+        """The key of the noise."""
+        return self.replicate(noise_key(seed))
+
+    def zeros(self, params: Any) -> Any:
+        """An empty sum."""
+        return jax.tree.map(lambda a: self.replicate(jnp.zeros_like(a)), params)
+
+    def added(self, total: Any) -> Any:
+        """The sum over the devices of this process."""
+        return total
+
+    def local(self, function: Callable, takes: Sequence[str], gives: Any) -> Callable:
+        """``function`` on each device of this process."""
+        return function
+
+    def accumulating(self, function: Callable) -> Callable:
+        """``(params, total, inputs, targets, mask) -> total``."""
+        return function
+
+    def drawing(self, function: Callable) -> Callable:
+        """``key -> noise, key``."""
+        return function
+
+    def updating(self, function: Callable) -> Callable:
+        """``(params, opt_state, total, noise) -> params, opt_state, total``."""
+        return function
+
+    def update(self, function: Callable, *state: Any) -> Any:
+        """``function(params, opt_state, total, noise)``."""
+        return function(*state)
+
+    def here(self, tree: Any) -> Any:
+        """What is replicated over all processes, for programs of this one."""
+        return tree
+
+    def pace(self, total: Any) -> None:
+        """Before each physical batch."""
+
+    def declare(self, **facts: int) -> None:
+        """Digests to compare with those of other processes, of which there is none."""
+
+
+class ManyDevices:
+    """
+    W devices of all processes, D of them this one's; rank w is the w-th device by process.
+
+    Args:
+        devices: all W.
+        ranks: this process among all.
+        noise_placement: ``split`` gives each device σ²C²/W, ``rank0`` everything to device 0.
+        sync: ``once`` per update, or ``every`` physical batch, for SGD as it is usually written;
+            then all processes must see equally many physical batches.
+
+    Raises:
+        ValueError: an unknown placement or sync, a process without a device, or ranks that are not
+            those of ``jax.distributed``.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[jax.Device],
+        ranks: Ranks,
+        *,
+        noise_placement: str = "split",
+        sync: str = "once",
+    ) -> None:
+        for name, value, known in (
+            ("noise_placement", noise_placement, PLACEMENTS),
+            ("sync", sync, SYNCS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        devices = sorted(devices, key=lambda d: (d.process_index, d.id))
+        here = jax.process_index()
+        if (ranks.rank, ranks.world) != (here, jax.process_count()):
+            raise ValueError(
+                f"ranks say {ranks.rank} of {ranks.world}, JAX {here} of {jax.process_count()}: "
+                "call dpsgd.jax.distributed.connect() before anything else of JAX"
+            )
+        self.device_ranks = tuple(w for w, d in enumerate(devices) if d.process_index == here)
+        if not self.device_ranks:
+            raise ValueError(f"process {here} drives none of the {len(devices)} devices given")
+        own = [devices[w] for w in self.device_ranks]
+        self.device, self.shards, self.world = own[0], len(own), len(devices)
+        self.noise_placement, self.every = noise_placement, sync == "every"
+        self.ranks, self.agreement = ranks, Agreement(ranks=ranks)
+        self.mesh = Mesh(np.array(devices), AXIS)
+        self.own_mesh = self.mesh if len(own) == len(devices) else Mesh(np.array(own), AXIS)
+        # Programs of every physical batch run here.
+        self.home = self.mesh if self.every else self.own_mesh
+        self.noise_share = self.world**-0.5  # of σC
+        self._updates = 0
+
+    def put(self, rows: Any) -> Any:
+        """An array [D·P, ...] of the batch to the devices, P rows each."""
+        sharding = NamedSharding(self.home, PartitionSpec(AXIS))
+        if self.home is self.own_mesh:
+            return jax.device_put(rows, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+
+    def replicate(self, tree: Any) -> Any:
+        """``tree`` on every device."""
+        tree = jax.device_put(tree, NamedSharding(self.own_mesh, PartitionSpec()))
+        return self._join(tree, SHARED) if self.every else tree
+
+    def keys(self, seed: int | None) -> jax.Array:
+        """One key for each device of this process, [D]."""
+        keys = jnp.stack([noise_key(seed, rank) for rank in self.device_ranks])
+        return jax.device_put(keys, NamedSharding(self.own_mesh, PartitionSpec(AXIS)))
+
+    def zeros(self, params: Any) -> Any:
+        """An empty sum, one on each device, [D, ...]; of all of them where all are summed often."""
+        if self.every:
+            return jax.tree.map(lambda a: self.replicate(np.zeros(a.shape, a.dtype)), params)
+        sharding = NamedSharding(self.own_mesh, PartitionSpec(AXIS))
+
+        def zero(a):
+            return jax.device_put(np.zeros((self.shards, *a.shape), a.dtype), sharding)
+
+        return jax.tree.map(zero, params)
+
+    def added(self, total: Any) -> Any:
+        """The sum over the devices of this process."""
+        return total if self.every else jax.tree.map(lambda a: a.sum(0), total)
+
+    def local(self, function: Callable, takes: Sequence[str], gives: Any) -> Callable:
+        """``function`` on each device of this process; what it takes and gives, by kind."""
+        return _mapped(function, self.own_mesh, takes, gives)
+
+    def accumulating(self, function: Callable) -> Callable:
+        """``(params, total, inputs, targets, mask) -> total``, where ``total`` is each device's."""
+        if not self.every:
+            return self.local(function, (SHARED, OWN, ROWS, ROWS, ROWS), OWN)
+
+        def summed(params, total, *batch):
+            part = function(params, jax.tree.map(jnp.zeros_like, total), *batch)
+            return jax.tree.map(jnp.add, total, jax.lax.psum(part, AXIS))
+
+        return _mapped(summed, self.mesh, (SHARED, SHARED, ROWS, ROWS, ROWS), SHARED)
+
+    def drawing(self, function: Callable) -> Callable:
+        """``keys -> noise, keys``: each device's share of the noise."""
+        if self.noise_placement == "split":
+
+            def share(key):
+                noise, key = function(key)
+                return jax.tree.map(lambda a: a * self.noise_share, noise), key
+
+            return self.local(share, (OWN,), (OWN, OWN))
+
+        def first(key, rank):
+            like = jax.eval_shape(function, key)[0]
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+            return jax.lax.cond(rank == 0, function, lambda key: (zeros, key), key)
+
+        mapped = self.local(first, (OWN, OWN), (OWN, OWN))
+        return lambda key: mapped(key, jnp.asarray(self.device_ranks))
+
+    def updating(self, function: Callable) -> Callable:
+        """``(params, opt_state, total, noise, slots) -> params, opt_state, total, slots``."""
+        kind = SHARED if self.every else OWN
+
+        def summed(params, opt_state, total, noise, slots):
+            if noise is not None:
+                total = jax.tree.map(jnp.add, total, noise)
+            if slots is not None:
+                facts, place = slots
+                slots = facts + place * fingerprint(params)
+            if self.every:
+                slots = _summed(slots)
+            else:
+                total, slots = _summed((total, slots))
+            return *function(params, opt_state, total, None), slots
+
+        takes = SHARED, SHARED, kind, kind, OWN
+        return _mapped(summed, self.mesh, takes, (SHARED, SHARED, kind, SHARED))
+
+    def update(
+        self, function: Callable, params: Any, opt_state: Any, total: Any, noise: Any
+    ) -> Any:
+        """
+        The one sum over the devices, and the optimizer.
+
+        Raises:
+            Disagreement: processes differ in step, draw, configuration or parameters.
+        """
+        self._updates += 1
+        self.agreement.declare(step=self._updates)
+        self.pace(total)
+        with self.ranks.waiting(self._updates):
+            params, opt_state, total, slots = function(
+                self._join(params, SHARED),
+                self._join(opt_state, SHARED),
+                self._join(total, OWN),
+                self._join(noise, OWN),
+                self._join(self._slots(), OWN),
+            )
+            if slots is not None:
+                slots = np.asarray(slots)
+        if slots is not None:
+            self.agreement.check(slots)
+        if self.home is self.own_mesh:
+            params, total = self.here(params), self._part(total, OWN)
+        return params, opt_state, total
+
+    def here(self, tree: Any) -> Any:
+        """What is replicated over all processes, for programs of this one."""
+        return self._part(tree, SHARED)
+
+    def pace(self, total: Any) -> None:
+        """Before each physical batch: a watched process waits for its own last one."""
+        if self.ranks.watch:
+            jax.block_until_ready(total)
+            self.ranks.progress()
+
+    def declare(self, **facts: int) -> None:
+        """Digests that must be the same in all processes at the next update."""
+        self.agreement.declare(**facts)
+
+    def _slots(self) -> Any:
+        # Facts of this process, and where the digest of its parameters goes: by its first device.
+        if self.ranks.world == 1:
+            return None
+        table = np.zeros((2, self.shards, self.ranks.world * len(FACTS)), np.float32)
+        table[0, 0] = self.agreement.slots()
+        table[1, 0, self.ranks.rank * len(FACTS) + FACTS.index("parameters")] = 1
+        return jax.device_put(tuple(table), NamedSharding(self.own_mesh, PartitionSpec(AXIS)))
+
+    def _join(self, tree: Any, kind: str) -> Any:
+        # Arrays of this process as arrays of all, without a copy.
+        def joined(a):
+            own = kind == OWN
+            return _assembled(a, (self.world, *a.shape[1:]) if own else a.shape, self.mesh, own)
+
+        if self.mesh is self.own_mesh or _spans(tree):
+            return tree
+        return jax.tree.map(joined, tree)
+
+    def _part(self, tree: Any, kind: str) -> Any:
+        # The reverse.
+        def parted(a):
+            own = kind == OWN
+            leading = (self.shards, *a.shape[1:]) if own else a.shape
+            return _assembled(a, leading, self.own_mesh, own)
+
+        return tree if self.mesh is self.own_mesh else jax.tree.map(parted, tree)
+
+
+def place_of(
+    device: jax.Device,
+    ranks: Ranks | None,
+    devices: Sequence[jax.Device] | None,
+    **options: str,
+) -> OneDevice | ManyDevices:
+    """Where a step runs whose model is on ``device``; ``ranks`` and ``devices`` None: there."""
+    if ranks is None and devices is None:
+        devices = [device]
+    elif devices is None:
+        devices = jax.devices(device.platform)
+    many = ManyDevices(devices, ranks or Ranks(), **options)
+    return many if many.world > 1 else OneDevice(many.device)
+
+
+def fingerprint(tree: Any) -> jax.Array:
+    """24 bits of the bits of all leaves, as float32: equal for equal leaves."""
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        kind = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
+        bits = jax.lax.bitcast_convert_type(leaf, kind).ravel().astype(jnp.uint32)
+        odd = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
+        total = 31 * total + (bits * odd).sum(dtype=jnp.uint32)
+    return ((total >> 8) ^ (total & 0xFF)).astype(jnp.float32)
+
+
+def _spans(tree):
+    # Whether arrays are those of all processes already.
+    return all(not a.is_fully_addressable for a in jax.tree.leaves(tree))
+
+
+def _assembled(a, shape, mesh, own):
+    spec = PartitionSpec(AXIS) if own else PartitionSpec()
+    shards = {shard.device: shard.data for shard in a.addressable_shards}
+    here = [shards[d] for d in mesh.devices.flat if d in shards]
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), here)
+
+
+def _summed(tree):
+    # Leaves of one type make one all-reduce.
+    if not jax.tree.leaves(tree):
+        return tree
+    wide = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+    total = jax.lax.psum(jax.tree.map(lambda a: a.astype(wide), tree), AXIS)
+    return jax.tree.map(lambda a, like: a.astype(like.dtype), total, tree)
+
+
+def _mapped(function, mesh, takes, gives):
+    specs = {SHARED: PartitionSpec(), ROWS: PartitionSpec(AXIS), OWN: PartitionSpec(AXIS)}
+
+    def inner(*args):
+        args = [
+            jax.tree.map(lambda a: a[0], arg) if kind == OWN else arg
+            for arg, kind in zip(args, takes, strict=True)
+        ]
+        found = function(*args)
+        if isinstance(gives, str):
+            return _lifted(found, gives)
+        return tuple(_lifted(one, kind) for one, kind in zip(found, gives, strict=True))
+
+    out = specs[gives] if isinstance(gives, str) else tuple(specs[kind] for kind in gives)
+    return jax.shard_map(
+        inner,
+        mesh=mesh,
+        in_specs=tuple(specs[kind] for kind in takes),
+        out_specs=out,
+        check_vma=False,
+    )
+
+
+def _lifted(tree, kind):
+    return jax.tree.map(lambda a: a[None], tree) if kind == OWN else tree
