@@ -122,6 +122,8 @@ def digest(*parts: Any) -> int:
 class Disagreement(RuntimeError):
     """Ranks do not agree on what they compute; the message names one and the matter."""
 
+    public = True  # the message holds nothing of the data
+
 
 @dataclass(kw_only=True)
 class Agreement:
@@ -160,7 +162,7 @@ class Agreement:
             if odd := [rank for rank, value in enumerate(values) if value != common]:
                 others = values.index(common)
                 raise Disagreement(
-                    f"rank {', '.join(map(str, odd))} has another {name} than rank {others}: "
+                    f"rank {', '.join(map(str, odd))} differs from rank {others} in {name}: "
                     f"{_CAUSES[name]}"
                 )
 

@@ -38,6 +38,12 @@ def leave(sentence: str) -> None:
     os._exit(EXIT_CODE)
 
 
+def _named(error: BaseException) -> str:
+    # A message may hold something of the data, unless its class says that it does not.
+    name = type(error).__name__
+    return f"{name}: {error}" if getattr(error, "public", False) else name
+
+
 class Watch:
     """
     Started with :meth:`start`, ended with :meth:`stop`.
@@ -95,7 +101,7 @@ class Watch:
         for thread in self._threads:
             thread.join(self.timeout_s)
         with contextlib.suppress(Exception):
-            self._state["end"] = "ended" if error is None else f"failed ({type(error).__name__})"
+            self._state["end"] = "ended" if error is None else f"failed ({_named(error)})"
             self._tell()
             until = time.monotonic() + self.timeout_s
             while self.rank == 0 and time.monotonic() < until:
@@ -130,7 +136,7 @@ class Watch:
             yield
         except Exception:
             # A lost connection names nobody: the watch finds who it was, and ends this process.
-            self._stopped.wait(self.timeout_s + 3 * self.interval_s)
+            self._stopped.wait(2 * self.timeout_s)
             raise
         finally:
             self._since = None

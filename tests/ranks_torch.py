@@ -5,15 +5,18 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from dpsgd import METHODS, LogicalBatch, PrivacyConfig, models
-from dpsgd.ranks import Ranks
+from dpsgd.ranks import Disagreement, Ranks
 from dpsgd.torch import models as torch_models
+from dpsgd.torch import step as step_module
 from dpsgd.torch.distributed import connect, disconnect
+from dpsgd.torch.noise import Noise
 
 P = 2
 # Sizes of three logical batches: with 4 ranks uneven, with empty ranks, and empty.
@@ -111,6 +114,67 @@ def sums(ranks, found):
         many = vector(drive(step, ranks, double=True, even=True))
     one = vector(drive(build("torch-sgd", None, double=True), Ranks(), double=True))
     found["every"] = {"off": float(np.abs(many - one).max()), "calls": counted.calls}
+
+
+def noise(ranks, found):
+    """Mean square of what an update adds, in units of σC/L, for every placement and draw."""
+    sigma, clip = 2000.0, 1e-3
+
+    def excess(name, size, seed=None, **options):
+        step = build(name, ranks, sigma=sigma, clip=clip, seed=seed, **options)
+        before = vector(step)
+        moved = (vector(drive(step, ranks, [size])) - before).astype(np.float64)
+        return float(np.mean(np.square(moved / (sigma * clip / 10))))
+
+    for name in ("torch-opacus", "torch-opacus-ghost", "torch-bookkeeping", "torch-vmap"):
+        for placement in ("split", "rank0"):
+            for size in SIZES:
+                of = f"{name} {placement} {size}"
+                found[of] = excess(name, size, noise_placement=placement)
+    name = "torch-bookkeeping"
+    found["one seed for all ranks"] = excess(name, 0, seed=7)
+    # Planted mistakes.
+    with mock.patch.object(step_module, "noise_share", return_value=1 / ranks.world):
+        found["planted: std / W"] = excess(name, 0)
+    with mock.patch.object(step_module, "Noise", lambda device, seed, rank: Noise(device, seed, 0)):
+        found["planted: one key for all ranks"] = excess(name, 0, seed=7)
+    with mock.patch.object(step_module, "noise_share", return_value=1.0):
+        found["planted: all noise on every rank"] = excess(name, 0)
+
+
+def agreement(ranks, found):
+    """What each rank is told if one of them (the last) differs."""
+    odd = ranks.rank == ranks.world - 1
+
+    def told(step, sizes=(4,)):
+        try:
+            drive(step, ranks, sizes)
+        except Disagreement as error:
+            return str(error)
+        return ""
+
+    name = "torch-bookkeeping"
+    found["nothing"] = told(build(name, ranks))
+    found["draw"] = told(build(name, ranks), sizes=(5 if odd else 4,))
+    found["config"] = told(build(name, ranks, clip=2.0 if odd else 1.0))
+    step = build(name, ranks)
+    step.params[0].data += float(odd)
+    found["parameters"] = told(step)
+    step = build(name, ranks)
+    step.done += odd
+    found["step"] = told(step)
+
+
+def opacus_traps(ranks, found):
+    """How often Opacus' own sampler yields on this rank, and at which positions."""
+    from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler as Sampler
+
+    torch.set_rng_state(torch.Generator().get_state())  # that of a process that seeded nothing
+    sampler = Sampler(total_size=40, sample_rate=0.05, shuffle=False, steps=200)
+    found["positions"] = [(batch // ranks.world).tolist() for batch in sampler]
+    own = torch.Generator().manual_seed(ranks.rank)
+    sampler = Sampler(total_size=40, sample_rate=0.05, shuffle=False, steps=200, generator=own)
+    found["yielded"] = len(list(sampler))
 
 
 def main(folder, *checks):

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpsgd.sampling import LogicalBatch, draw, poisson_batches
+from dpsgd.ranks import Ranks
+from dpsgd.sampling import LogicalBatch, draw, poisson_batches, rank_batches
 
 N, Q, DRAWS = 50, 0.2, 4000
 LEVEL = 1e-4  # of each test; seeds are fixed, so a pass stays a pass
@@ -21,7 +22,7 @@ def inclusions(sampler, seed=0):
 
 
 def law_p_values(table):
-    """p-values of the four ways in which a sampler can fail to be Poisson."""
+    """p-values of the ways in which a sampler can fail to be Poisson."""
     n = len(table)
     sizes = table.sum(1)
     variance = N * Q * (1 - Q)
@@ -29,6 +30,8 @@ def law_p_values(table):
     left, right = table[:, ::2], table[:, 1::2]
     pairs = (left & right).sum()
     chance = Q * Q
+    # The same positions of two shards: what ranks with one seed would draw together.
+    apart = (table[:, : N // 2] & table[:, N // 2 :]).sum()
     return {
         "mean": 2 * stats.norm.sf(abs(sizes.mean() - N * Q) / np.sqrt(variance / n)),
         "variance": min(
@@ -41,6 +44,7 @@ def law_p_values(table):
         ),
         "example": stats.chi2.sf(((table.sum(0) - n * Q) ** 2 / (n * Q * (1 - Q))).sum(), N),
         "pairs": stats.binomtest(int(pairs), left.size, chance).pvalue,
+        "shards": stats.binomtest(int(apart), left.size, chance).pvalue,
         "lag": 2 * stats.norm.sf(abs(lagged.mean()) * np.sqrt(lagged.size) / (Q * (1 - Q))),
     }
 
@@ -88,6 +92,7 @@ def test_draws_follow_the_poisson_law():
     [
         (shuffled, "variance"),
         (shared_seed, "variance"),
+        (shared_seed, "shards"),
         (biased, "example"),
         (neighbours_together, "pairs"),
         (Stuck(), "lag"),
@@ -95,6 +100,83 @@ def test_draws_follow_the_poisson_law():
 )
 def test_wrong_samplers_are_rejected(wrong, seen_by):
     assert law_p_values(inclusions(wrong))[seen_by] < LEVEL
+
+
+class Dealt:
+    """The union of what all ranks draw."""
+
+    def __init__(self, placement, world):
+        each = [
+            rank_batches(N, Q, 4, DRAWS, ranks=ranks, seed=5, placement=placement)
+            for ranks in (Ranks(rank=r, world=world) for r in range(world))
+        ]
+        self.steps = zip(*each, strict=True)
+
+    def __call__(self, rng):
+        indices = np.concatenate([logical.indices for logical in next(self.steps)])
+        assert len(set(indices)) == len(indices), "an example is on one rank"
+        return indices
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("placement", ["round-robin", "shard"])
+def test_the_draws_of_all_ranks_together_follow_the_poisson_law(placement, world):
+    assert min(law_p_values(inclusions(Dealt(placement, world))).values()) > LEVEL
+
+
+def test_a_key_for_all_shards_is_rejected(monkeypatch):
+    spawn = np.random.SeedSequence.spawn
+
+    class Alike(np.random.SeedSequence):
+        def spawn(self, n):
+            return [spawn(self, 1)[0]] * n if self.n_children_spawned == 0 else spawn(self, n)
+
+    monkeypatch.setattr(np.random, "SeedSequence", Alike)
+    p_values = law_p_values(inclusions(Dealt("shard", 2)))
+    assert p_values["variance"] < LEVEL
+    assert p_values["shards"] < LEVEL
+
+
+@given(
+    world=st.sampled_from([1, 2, 3, 7]),
+    placement=st.sampled_from(["round-robin", "shard"]),
+    padded=st.booleans(),
+)
+def test_even_shares_have_the_same_number_of_physical_batches(world, placement, padded):
+    options = {"seed": 2, "placement": placement, "even": True, "padded": padded}
+    each = [
+        rank_batches(30, 0.1, 2, 20, ranks=Ranks(rank=r, world=world), **options)
+        for r in range(world)
+    ]
+    plain = rank_batches(30, 0.1, 2, 20, ranks=Ranks(world=world), seed=2, placement=placement)
+    for shares, first in zip(zip(*each, strict=True), plain, strict=True):
+        assert len({len(list(share)) for share in shares}) == len({len(s) for s in shares}) == 1
+        assert max(-(-share.size // 2) for share in shares) == len(shares[0])
+        kept = [i for b in shares[0] for i in b.indices[b.mask]]
+        assert kept == list(shares[0].indices) == list(first.indices)
+
+
+@pytest.mark.parametrize("placement", ["round-robin", "shard"])
+def test_a_run_that_goes_on_sees_the_draws_it_would_have_seen(placement):
+    def draws(done):
+        options = {"ranks": Ranks(rank=1, world=2), "seed": 3, "placement": placement}
+        return [b.indices.tolist() for b in rank_batches(100, 0.2, 8, 6, done=done, **options)]
+
+    assert draws(4) == draws(0)[4:]
+
+
+def test_a_share_knows_the_draw_that_it_is_part_of():
+    one, two = (next(poisson_batches(100, 0.2, 8, 1, seed=s)) for s in (1, 2))
+    digests = [logical.share(r, 2).drawn for logical in (one, two) for r in range(2)]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
+@pytest.mark.parametrize(
+    ("placement", "words"), [("hash", "round-robin or shard"), ("shard", "no")]
+)
+def test_bad_placements_are_refused(placement, words):
+    with pytest.raises(ValueError, match=words):
+        rank_batches(1, 0.5, 8, 1, ranks=Ranks(world=2), seed=1, placement=placement)
 
 
 def rate_p_value(sizes, population, rate):

@@ -1,0 +1,189 @@
+"""
+Go on with a run that was interrupted, and charge what may have been released.
+
+A folder holds three kinds of file, each written whole or not at all:
+
+``checkpoint.npz``  model, optimizer state, steps done, the public configuration
+``keys``, ``keys.1``, …  one for each rank, mode 0600: the sampling key and that rank's noise key
+``ledger``  a line for each step that was begun, before its update: which keys, which step
+
+Draw and noise of a step are functions of the keys and its number. With the keys, the steps after
+the checkpoint are repeated, with the same draws and the same noise: nothing new is released, and
+each is charged once. Without them fresh keys are drawn, and the steps of the ledger that are run
+again are charged again.
+
+Guarantees: a noise key meets one sequence of sums only. Everything that a sum depends on is in the
+configuration, and a run with another one is refused. A repeated sum is the same up to the order in
+which the device adds.
+"""
+
+import contextlib
+import io
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dpsgd.ranks import Ranks
+
+
+class Resumable(Protocol):
+    """A step whose state can be saved: see :class:`dpsgd.Step`."""
+
+    done: int
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Model and optimizer, nothing secret."""
+
+    def restore(self, state: Mapping[str, np.ndarray], done: int) -> None:
+        """Come back to ``state`` after ``done`` updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """The secrets of one rank: ``sampling`` is shared by all ranks, ``noise`` is its own."""
+
+    sampling: int = field(repr=False)
+    noise: int = field(repr=False)
+    number: int = 0  # how many keys this run had before
+
+    @classmethod
+    def fresh(cls, ranks: Ranks, seed: int | None = None, number: int = 0) -> "Keys":
+        """From the operating system; or from ``seed``, which whoever knows it can repeat."""
+        if seed is None:
+            sampling, noise = ranks.shared_key(), secrets.randbits(128)
+        else:
+            children = np.random.SeedSequence(seed, spawn_key=(number,)).spawn(2)
+            words = [child.generate_state(4, np.uint32).tobytes() for child in children]
+            sampling, noise = (int.from_bytes(word, "little") for word in words)
+        return cls(sampling=sampling, noise=noise, number=number)
+
+
+class Folder:
+    """
+    The files of one run.
+
+    Args:
+        path: made if it is not there.
+        ranks: every rank keeps its own keys; rank 0 keeps the rest.
+        config: the public configuration, as JSON knows it.
+        resume: go on with what is there; nothing there is a new run.
+
+    Raises:
+        ValueError: there is a run already, or one with another configuration.
+    """
+
+    def __init__(
+        self, path: str | Path, ranks: Ranks, config: Mapping[str, Any], *, resume: bool
+    ) -> None:
+        self.path, self.ranks = Path(path), ranks
+        self.config = json.loads(json.dumps({**config, "world": ranks.world}))
+        self._keys = self.path / (f"keys.{ranks.rank}" if ranks.rank else "keys")
+        self._model, self._ledger = self.path / "checkpoint.npz", self.path / "ledger"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.done, self._number = 0, 0
+        self._state: dict[str, np.ndarray] | None = None
+        self._same_world = True
+        if not self._model.exists():
+            return
+        if not resume:
+            raise ValueError(f"{self.path} holds a run already: resume it, or take another folder")
+        with np.load(self._model, allow_pickle=False) as saved:
+            self._state = dict(saved)
+        public = json.loads(str(self._state.pop("public")))
+        self.done = public["done"]
+        self._check(public["config"])
+        if self.charged < public["charged"]:
+            raise ValueError(f"{self._ledger} lacks steps that were begun: put it back whole")
+
+    def _check(self, before: dict[str, Any]) -> None:
+        # The number of ranks may change: then the noise keys no longer fit, and are fresh.
+        self._same_world = before["world"] == self.ranks.world
+        for name, value in self.config.items():
+            if name != "world" and before.get(name) != value:
+                raise ValueError(
+                    f"{self.path} was begun with {name}={before.get(name)!r}, not {value!r}: "
+                    "resume with the same options"
+                )
+
+    def keys(self, seed: int | None) -> Keys:
+        """
+        Those of the run, if every rank still has its own; otherwise fresh ones on all ranks.
+
+        Args:
+            seed: what fresh keys come from in a repeatable run; None is the operating system.
+        """
+        last = max((int(line[:4]) for line in self._lines() if line[:4].isdigit()), default=-1)
+        mine = self._read_keys() if self._state is not None and self._same_world else None
+        known = mine is not None and mine.number >= last
+        answers = self.ranks.exchange("keys", str(mine.number) if mine and known else "")
+        if mine is None or len({*answers}) > 1 or not answers[0]:
+            mine = Keys.fresh(self.ranks, seed, last + 1)
+            secret = {"sampling": mine.sampling, "noise": mine.noise, "number": mine.number}
+            _write(self._keys, json.dumps(secret).encode())
+        self._number = mine.number
+        return mine
+
+    def restore(self, step: Resumable) -> None:
+        """Bring ``step`` to where the checkpoint left it; save a new run's beginning."""
+        if self._state is not None:
+            step.restore(self._state, self.done)
+            self._state = None
+        else:
+            self.save(step)
+
+    def begin(self, number: int) -> None:
+        """Before the update of step ``number``: it may be released from now on."""
+        if self.ranks.rank:
+            return
+        with self._ledger.open("ab") as file:
+            if file.tell() and not self._ledger.read_bytes().endswith(b"\n"):
+                file.write(b"\n")  # a line that a crash cut off; it counts
+            file.write(f"{self._number:04d} {number:08d}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, step: Resumable) -> None:
+        """The state after the step's last update."""
+        if self.ranks.rank:
+            return
+        public = {"done": step.done, "charged": self.charged, "config": self.config}
+        file = io.BytesIO()
+        np.savez(file, public=np.array(json.dumps(public)), **step.state())
+        with self.ranks.busy():
+            _write(self._model, file.getbuffer())
+
+    @property
+    def charged(self) -> int:
+        """Steps that were begun, each with every key that it was begun with."""
+        return len({*self._lines()})
+
+    def _lines(self) -> list[str]:
+        return self._ledger.read_text().splitlines() if self._ledger.exists() else []
+
+    def _read_keys(self) -> Keys | None:
+        try:
+            return Keys(**json.loads(self._keys.read_text()))
+        except FileNotFoundError:
+            return None
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    # Whole or not at all; mkstemp's files are for their owner alone (0600).
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise

@@ -1,0 +1,109 @@
+"""Many torch ranks over gloo against one: sums, noise, collectives, agreement; Opacus' traps."""
+
+import launch
+import numpy as np
+import pytest
+import ranks_torch
+import torch
+from scipy import stats
+
+from dpsgd.ranks import Ranks
+from dpsgd.torch.distributed import noise_share
+from dpsgd.torch.noise import Noise
+
+LEVEL = 1e-5  # of each χ² test; the noise of some is fresh in every run
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+CHECKS = ("sums", "noise", "agreement", "opacus_traps")
+SIZE = 9994  # parameters of the CNN
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def found(request, tmp_path_factory):
+    """What all ranks of one launch found, by check."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = launch.results("ranks_torch.py", request.param, folder, *CHECKS)
+    return {check: [rank[check] for rank in ranks] for check in CHECKS}
+
+
+def test_many_ranks_end_where_one_does(found):
+    for name, result in found["sums"][0].items():
+        assert result["off"] < (1e-5 if name.endswith("float32") else 1e-12), name
+
+
+def test_one_all_reduce_per_logical_batch(found):
+    sums = found["sums"]
+    world, updates = len(sums), len(ranks_torch.SIZES)
+    trips = sum(-(-size // (world * ranks_torch.P)) for size in ranks_torch.SIZES)
+    for rank in sums:
+        assert rank.pop("every")["calls"] == ["all_reduce"] * trips
+        for name, result in rank.items():
+            assert result["calls"] == ["all_reduce"] * updates, name
+
+
+def test_all_ranks_hold_the_same_bits(found):
+    for name in found["sums"][0]:
+        assert len({rank[name].get("bits") for rank in found["sums"]}) == 1, name
+
+
+def chi2_p_value(mean_square):
+    tail = stats.chi2(SIZE)
+    return 2 * min(tail.sf(mean_square * SIZE), tail.cdf(mean_square * SIZE))
+
+
+def test_the_noise_of_all_ranks_is_that_of_one(found):
+    """σ²C² in sum, for both placements, with uneven and empty shares; planted mistakes differ."""
+    for name, mean_square in found["noise"][0].items():
+        planted = name.startswith("planted")
+        assert (chi2_p_value(mean_square) < LEVEL) == planted, (name, mean_square)
+
+
+def test_a_rank_that_differs_is_named_with_its_matter_on_every_rank(found):
+    world = len(found["agreement"])
+    for rank in found["agreement"]:
+        assert rank.pop("nothing") == ""
+        for matter, told in rank.items():
+            assert told.startswith(f"rank {world - 1} differs from rank 0 in {matter}: ")
+
+
+def test_opacus_own_sampler_shares_positions_and_drops_empty_draws(found):
+    """Why its rows are driven by our draws."""
+    ranks = found["opacus_traps"]
+    assert all(rank["positions"] == ranks[0]["positions"] for rank in ranks), "all draw alike"
+    yielded = [rank["yielded"] for rank in ranks]
+    assert max(yielded) < 200, "an empty draw is not a step"
+    assert len(set(yielded)) > 1, "so ranks drift apart"
+
+
+def noise_of(seed, rank, step, size=4000):
+    flat = torch.zeros(size)
+    Noise(flat.device, seed, rank).add(flat, 1.0, 1.0, step)
+    return flat.numpy()
+
+
+def test_noise_is_a_function_of_key_rank_and_step():
+    base = noise_of(3, 0, 1)
+    np.testing.assert_array_equal(base, noise_of(3, 0, 1))
+    others = [noise_of(4, 0, 1), noise_of(3, 1, 1), noise_of(3, 0, 2), noise_of(None, 0, 1)]
+    for other in others:
+        assert abs(np.corrcoef(base, other)[0, 1]) < 5 / np.sqrt(base.size)
+    # One run of steps: the same generator objects, moved from step to step, come back.
+    noise, flat = Noise(torch.device("cpu"), 3), torch.zeros(4000)
+    noise.add(torch.zeros(4000), 1.0, 1.0, 2)
+    noise.add(flat, 1.0, 1.0, 1)
+    np.testing.assert_array_equal(base, flat.numpy())
+
+
+@pytest.mark.parametrize("placement", ["split", "rank0"])
+@pytest.mark.parametrize("world", [1, 2, 3, 80])
+def test_the_shares_of_the_noise_add_up(placement, world):
+    shares = [noise_share(placement, Ranks(rank=r, world=world)) for r in range(world)]
+    assert np.square(shares).sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="split or rank0"):
+        ranks_torch.build("torch-vmap", None, noise_placement="rank1")
+    with pytest.raises(ValueError, match="'once' per logical batch"):
+        ranks_torch.build("torch-vmap", None, sync="every")
+    with pytest.raises(ValueError, match="'once' or 'every'"):
+        ranks_torch.build("torch-sgd", None, sync="never")
