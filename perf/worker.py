@@ -62,7 +62,9 @@ def measure(setting: Setting, fabric: Any, device: str, rounds: int, sgd: Any) -
         fabric.barrier()
         return timed(share.run, draw)
 
-    own, baseline, arrivals, ends = [], [], [], []
+    own, baseline = [], []
+    arrivals: list[list[float]] = []  # of each device of this rank
+    ends: list[list[float]] = []
     gc.disable()
     try:
         for draw in range(rounds):
@@ -73,9 +75,9 @@ def measure(setting: Setting, fabric: Any, device: str, rounds: int, sgd: Any) -
             baseline.append(one(sgd, rounds - 1))
         for draw in range(PART_ROUNDS):
             fabric.barrier()
-            arrived, ended = subject.in_parts(draw)
-            arrivals.append(arrived)
-            ends.append([max(arrived) + ended])
+            mine, rest = subject.in_parts(draw)
+            arrivals.append(mine)
+            ends.append([max(mine) + rest])
     finally:
         gc.enable()
     parameters = subject.step.parameters()
@@ -85,7 +87,7 @@ def measure(setting: Setting, fabric: Any, device: str, rounds: int, sgd: Any) -
     _agree(parameters, fabric)
     sizes = [subject.sizes[k % DRAWS] for k in range(rounds)]
     seconds = fabric.gather(own).max(0)
-    arrived = np.concatenate([fabric.gather(list(a)).ravel()[None] for a in arrivals])
+    arrived = np.stack([fabric.gather(mine).ravel() for mine in arrivals])
     ended = np.array([fabric.gather(e).max() for e in ends])
     found |= {
         "status": "ok",
