@@ -104,7 +104,7 @@ def plot(run: dict[str, Any], stem: Path) -> list[Path]:
         if rows:
             pictures.setdefault(tuple(key), {})[scaling] = rows
     found = []
-    for key, by_scaling in pictures.items():
+    for names, by_scaling in pictures.items():
         figure, axes = pyplot.subplots(
             len(by_scaling), 3, figsize=(13, 4 * len(by_scaling)), squeeze=False
         )
@@ -112,10 +112,10 @@ def plot(run: dict[str, Any], stem: Path) -> list[Path]:
             _panels(line, scaling, rows)
         label = rows[0]["label"] if rows[0]["label"].startswith("CPU") else ""
         figure.suptitle(
-            " · ".join([*key, f"P={rows[0]['physical_batch']}", *filter(None, [label])])
+            " · ".join([*names, f"P={rows[0]['physical_batch']}", *filter(None, [label])])
         )
         figure.tight_layout()
-        found.append(stem.parent / f"{stem.name}-{'-'.join(key)}.png")
+        found.append(stem.parent / f"{stem.name}-{'-'.join(names)}.png")
         figure.savefig(found[-1], dpi=120)
         pyplot.close(figure)
     return found

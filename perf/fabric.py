@@ -124,4 +124,4 @@ def _timed(reduce, barrier, rounds: int) -> list[float]:
 
 def connect(framework: str, device: str) -> Torch | Jax:
     """Join the other ranks."""
-    return {"torch": Torch, "jax": Jax}[framework](device)
+    return Torch(device) if framework == "torch" else Jax(device)

@@ -52,7 +52,7 @@ class Share:
             steps=STEPS,
             delta=min(DELTA, 0.5 / setting.num_examples),
         )
-        self.step = case.row.build(
+        self.step: Any = case.row.build(
             model,
             framework.optimizer(model, "adam", LEARNING_RATE),
             privacy,

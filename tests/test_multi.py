@@ -51,7 +51,9 @@ def test_strong_keeps_the_batch_and_weak_that_of_a_rank():
         )
 
 
-def test_epsilon_grows_with_q_and_not_with_n_nor_with_the_ranks():
+def test_epsilon_grows_with_q_and_not_with_n_nor_with_the_ranks(monkeypatch):
+    monkeypatch.setattr(plan, "_epsilon", lambda sample_rate: sample_rate)
+
     def spent(**more):
         rows = [s for s in planned(**more) if s.case.row.private]
         return {(s.scaling, s.world_size): s.epsilon() for s in rows}
