@@ -122,6 +122,8 @@ def plot(run: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def _panels(axes, scaling: str, rows: list[dict[str, Any]]) -> None:
+    from matplotlib import ticker
+
     throughput, efficiency, shares = axes
     for place, label in enumerate(dict.fromkeys(map(name, rows))):
         mine = sorted((r for r in rows if name(r) == label), key=lambda r: r["world_size"])
@@ -139,10 +141,14 @@ def _panels(axes, scaling: str, rows: list[dict[str, Any]]) -> None:
     efficiency.axhline(1, color="gray", linestyle=":", linewidth=1)
     efficiency.set(title=f"{scaling}: efficiency", xscale="log", ylim=(0, None))
     shares.set(title=f"{scaling}: share of a step", xscale="log", ylim=(0, None))
+    throughput.yaxis.set_minor_formatter("{x:,.0f}")
+    throughput.yaxis.set_major_formatter("{x:,.0f}")
+    for panel in (efficiency, shares):
+        panel.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=None))
     worlds = sorted({row["world_size"] for row in rows})
     for panel in axes:
         panel.set_xticks(worlds, map(str, worlds))
-        panel.minorticks_off()
+        panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         panel.set_xlabel("devices")
         panel.legend(fontsize=7)
         panel.grid(alpha=0.3)
