@@ -24,15 +24,16 @@ import os
 import secrets
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from dpsgd.ranks import Ranks
 
 
+@runtime_checkable
 class Resumable(Protocol):
     """A step whose state can be saved: see :class:`dpsgd.Step`."""
 
@@ -52,6 +53,7 @@ class Keys:
     sampling: int = field(repr=False)
     noise: int = field(repr=False)
     number: int = 0  # how many keys this run had before
+    world: int = 1  # ranks whose noise adds up to that of one
 
     @classmethod
     def fresh(cls, ranks: Ranks, seed: int | None = None, number: int = 0) -> "Keys":
@@ -62,7 +64,7 @@ class Keys:
             children = np.random.SeedSequence(seed, spawn_key=(number,)).spawn(2)
             words = [child.generate_state(4, np.uint32).tobytes() for child in children]
             sampling, noise = (int.from_bytes(word, "little") for word in words)
-        return cls(sampling=sampling, noise=noise, number=number)
+        return cls(sampling=sampling, noise=noise, number=number, world=ranks.world)
 
 
 class Folder:
@@ -83,13 +85,12 @@ class Folder:
         self, path: str | Path, ranks: Ranks, config: Mapping[str, Any], *, resume: bool
     ) -> None:
         self.path, self.ranks = Path(path), ranks
-        self.config = json.loads(json.dumps({**config, "world": ranks.world}))
+        self.config = json.loads(json.dumps(config))
         self._keys = self.path / (f"keys.{ranks.rank}" if ranks.rank else "keys")
         self._model, self._ledger = self.path / "checkpoint.npz", self.path / "ledger"
         self.path.mkdir(parents=True, exist_ok=True)
         self.done, self._number = 0, 0
         self._state: dict[str, np.ndarray] | None = None
-        self._same_world = True
         if not self._model.exists():
             return
         if not resume:
@@ -103,10 +104,8 @@ class Folder:
             raise ValueError(f"{self._ledger} lacks steps that were begun: put it back whole")
 
     def _check(self, before: dict[str, Any]) -> None:
-        # The number of ranks may change: then the noise keys no longer fit, and are fresh.
-        self._same_world = before["world"] == self.ranks.world
         for name, value in self.config.items():
-            if name != "world" and before.get(name) != value:
+            if before.get(name) != value:
                 raise ValueError(
                     f"{self.path} was begun with {name}={before.get(name)!r}, not {value!r}: "
                     "resume with the same options"
@@ -116,18 +115,22 @@ class Folder:
         """
         Those of the run, if every rank still has its own; otherwise fresh ones on all ranks.
 
+        The number of ranks may change, but with it do the shares of the noise: fresh ones, too.
+
         Args:
             seed: what fresh keys come from in a repeatable run; None is the operating system.
         """
         last = max((int(line[:4]) for line in self._lines() if line[:4].isdigit()), default=-1)
-        mine = self._read_keys() if self._state is not None and self._same_world else None
-        known = mine is not None and mine.number >= last
+        mine = self._read_keys() if self._state is not None else None
+        known = mine is not None and mine.number >= last and mine.world == self.ranks.world
         answers = self.ranks.exchange("keys", str(mine.number) if mine and known else "")
         if mine is None or len({*answers}) > 1 or not answers[0]:
             mine = Keys.fresh(self.ranks, seed, last + 1)
-            secret = {"sampling": mine.sampling, "noise": mine.noise, "number": mine.number}
-            _write(self._keys, json.dumps(secret).encode())
+            _write(self._keys, json.dumps(asdict(mine)).encode())
         self._number = mine.number
+        if self.ranks.rank == 0 and self._ledger.exists():
+            text = self._ledger.read_text()  # a last line that was cut off counts as a step
+            _write(self._ledger, (text + "\n" * (not text.endswith("\n"))).encode())
         return mine
 
     def restore(self, step: Resumable) -> None:
@@ -143,8 +146,6 @@ class Folder:
         if self.ranks.rank:
             return
         with self._ledger.open("ab") as file:
-            if file.tell() and not self._ledger.read_bytes().endswith(b"\n"):
-                file.write(b"\n")  # a line that a crash cut off; it counts
             file.write(f"{self._number:04d} {number:08d}\n".encode())
             file.flush()
             os.fsync(file.fileno())
@@ -155,7 +156,8 @@ class Folder:
             return
         public = {"done": step.done, "charged": self.charged, "config": self.config}
         file = io.BytesIO()
-        np.savez(file, public=np.array(json.dumps(public)), **step.state())
+        arrays: dict[str, Any] = {"public": np.array(json.dumps(public)), **step.state()}
+        np.savez(file, **arrays)
         with self.ranks.busy():
             _write(self._model, file.getbuffer())
 

@@ -28,7 +28,11 @@ class Step(Protocol):
         """Add the clipped gradients of the unmasked examples; leading axis P, ``mask`` [P] bool."""
 
     def update(self) -> None:
-        """Add N(0, σ²C²) once, divide by L, apply the optimizer, clear the sum."""
+        """
+        Add N(0, σ²C²) once, divide by L, apply the optimizer, clear the sum.
+
+        Over ranks this holds the only collective: every rank calls it, whatever its share.
+        """
 
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
@@ -86,7 +90,8 @@ class Method:
             optimizer: a ``torch.optim.Optimizer`` or an optax ``GradientTransformation``.
             privacy: a :class:`dpsgd.PrivacyConfig`.
             **options: ``loss(model, inputs, targets) -> [P]``, ``physical_batch_size``,
-                ``precision`` (fp32, tf32, bf16), ``compile``, ``memory_budget_bytes``, ``seed``.
+                ``precision`` (fp32, tf32, bf16), ``compile``, ``memory_budget_bytes``, ``seed``;
+                over ranks ``ranks``, ``noise_placement`` (split, rank0), ``sync`` (once, every).
 
         Raises:
             ModuleNotFoundError: a package of this row is not installed.

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -58,14 +59,16 @@ class LogicalBatch:
 
         All ranks must have drawn with one seed. Their sizes, so their numbers of physical batches,
         differ by at most 1; a share may be empty. With ``even`` the numbers of physical batches are
-        the same: where a rank's draw has ended, the last one is fully masked.
+        the same: where a rank's draw has ended, the last one is fully masked. A rank's share can be
+        dealt again, to its devices.
         """
         longest = math.ceil(self.size / world)
+        trips = math.ceil(longest / self.physical_batch_size) if even else 0
         return replace(
             self,
             indices=self.indices[rank::world],
-            trips=math.ceil(longest / self.physical_batch_size) if even else 0,
-            drawn=digest(self.indices),
+            trips=max(trips, math.ceil(self.trips / world)),
+            drawn=self.drawn or digest(self.indices),
         )
 
     def __len__(self) -> int:
@@ -103,6 +106,26 @@ def draw(rng: np.random.Generator, num_examples: int, sample_rate: float) -> np.
     return rng.choice(num_examples, size, replace=False)
 
 
+def check_arguments(
+    num_examples: int, sample_rate: float, physical_batch_size: int, steps: int
+) -> None:
+    """
+    Raise what :func:`poisson_batches` would, before anything is drawn.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    for name, value in (
+        ("num_examples", num_examples),
+        ("physical_batch_size", physical_batch_size),
+        ("steps", steps),
+    ):
+        if not value >= 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate is {sample_rate}; it must lie in (0, 1]")
+
+
 def poisson_batches(
     num_examples: int,
     sample_rate: float,
@@ -128,15 +151,7 @@ def poisson_batches(
     Raises:
         ValueError: an argument is out of range.
     """
-    for name, value in (
-        ("num_examples", num_examples),
-        ("physical_batch_size", physical_batch_size),
-        ("steps", steps),
-    ):
-        if not value >= 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate is {sample_rate}; it must lie in (0, 1]")
+    check_arguments(num_examples, sample_rate, physical_batch_size, steps)
     draws = _draws(num_examples, sample_rate, physical_batch_size, steps, seed, padded)
     return itertools.islice(draws, done, None)
 
@@ -180,7 +195,7 @@ def rank_batches(
     Raises:
         ValueError: an argument is out of range.
     """
-    rest = {"padded": padded, "done": done}
+    rest: dict[str, Any] = {"padded": padded, "done": done}
     rate, width, world = sample_rate, physical_batch_size, ranks.world
     if placement == "round-robin":
         draws = poisson_batches(num_examples, rate, width, steps, seed=seed, **rest)

@@ -7,23 +7,25 @@ a step takes is a side channel outside that statement.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import importlib
 import math
 import sys
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-
 from dpsgd import data as datasets
-from dpsgd import methods, models, privacy
+from dpsgd import loop, methods, models
+from dpsgd.checkpoint import Folder, Keys, Resumable
+from dpsgd.loop import Interrupted
 from dpsgd.methods import METHODS, Method, Step
 from dpsgd.privacy import PrivacyConfig
-from dpsgd.sampling import poisson_batches
+from dpsgd.ranks import Disagreement, Ranks
+from dpsgd.sampling import PLACEMENTS, check_arguments, rank_batches
 
 _RELATIONS = {"add_remove": "add/remove one", "replace_one": "replace one"}
 _TEST_CHUNK = 1024  # images in memory at once: 0.6 GB at 3x224x224
@@ -35,12 +37,13 @@ class Result:
     What a run gives.
 
     Attributes:
-        test_accuracy: in [0, 1].
-        epsilon: spent by all steps; inf at σ = 0 and for a method without privacy.
+        test_accuracy: in [0, 1]; of rank 0, nan on the others.
+        epsilon: spent by all steps; inf at σ = 0 and for a method without privacy; as above.
         delta: δ that ``epsilon`` belongs to.
         neighbours: the relation that ``epsilon`` is stated for.
         accountant: how ``epsilon`` was computed.
         noise_multiplier: σ, given or calibrated; 0 for a method without privacy.
+        steps: those that are charged: T, and more where a resumed run had lost its keys.
         seconds: wall time of the steps alone.
         step: holds the trained model (``step.model``, ``step.parameters()``).
     """
@@ -51,16 +54,9 @@ class Result:
     neighbours: str
     accountant: str
     noise_multiplier: float
+    steps: int
     seconds: float
     step: Step
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during the steps: ``steps`` updates were begun, which spent ``epsilon``."""
-
-    def __init__(self, steps: int, epsilon: float):
-        super().__init__(steps, epsilon)
-        self.steps, self.epsilon = steps, epsilon
 
 
 def train(
@@ -83,11 +79,17 @@ def train(
     device: str | None = None,
     precision: str = "fp32",
     compile: bool = False,
+    placement: str = "round-robin",
+    noise_placement: str = "split",
+    sync: str = "once",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
     report: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Result:
     """
-    Train, and measure the accuracy on the test set.
+    Train, and measure the accuracy on the test set; on all ranks where torchrun started several.
 
     Args:
         method: a name of :data:`dpsgd.METHODS`.
@@ -109,6 +111,13 @@ def train(
         device: ``cpu``, ``cuda`` or None for the best one there is.
         precision: ``fp32``, ``tf32`` or ``bf16``.
         compile: torch.compile; JAX always compiles.
+        placement: ``round-robin`` deals one global draw to the ranks; with ``shard`` each draws
+            from a part of the data of its own.
+        noise_placement: ``split`` over the ranks, or all on ``rank0``.
+        sync: SGD sums over ranks ``once`` per logical batch, or at ``every`` physical batch.
+        checkpoint: a folder that the run can be resumed from; it holds its secret keys too.
+        checkpoint_every: updates from one checkpoint to the next.
+        resume: go on with the run in ``checkpoint``, or begin it if it holds none.
         report: called with one line of diagnostics per step, which depends on the training data
             and is outside the privacy guarantee.
         progress: show a progress bar on stderr.
@@ -121,64 +130,129 @@ def train(
     row, spec = methods.get(method), models.get(model)
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; it must be finite and above 0")
-    sampling_seed, noise_seed = _seeds(seed)
-    dataset = datasets.load(data, spec, data_dir=data_dir)
-    framework = _framework(row)
-    net = framework.build(
-        spec.replace(num_classes=dataset.num_classes),
-        seed=seed or 0,
-        weights=weights,
-        device=_device(row, device),
-    )
-    draws = poisson_batches(
-        len(dataset.train_targets),
-        sample_rate,
-        physical_batch_size,
-        steps,
-        seed=sampling_seed,
-        padded=not row.accepts_ragged,
-    )
-    config = _config(
-        row,
-        epsilon,
-        noise_multiplier,
-        num_examples=len(dataset.train_targets),
-        sample_rate=sample_rate,
-        clip_norm=clip_norm,
-        steps=steps,
-        delta=delta,
-    )
-    step = row.build(
-        net,
-        framework.optimizer(net, optimizer, learning_rate),
-        config,
-        loss=framework.cross_entropy,
-        physical_batch_size=physical_batch_size,
-        precision=precision,
-        compile=compile,
-        seed=noise_seed,
-    )
-    seconds = _run(step, draws, dataset, config, report if row.private else None, progress)
-    return Result(
-        test_accuracy=_accuracy(framework, step, dataset),
-        epsilon=config.epsilon() if row.private else math.inf,
-        delta=delta,
-        neighbours=config.neighbours,
-        accountant="PLD",
-        noise_multiplier=config.noise_multiplier,
-        seconds=seconds,
-        step=step,
-    )
-
-
-def _seeds(seed: int | None) -> tuple[np.random.SeedSequence | None, int | None]:
-    # Of the sampling and of the noise: independent streams, both from the system without a seed.
-    if seed is None:
-        return None, None
-    if seed < 0:
+    if seed is not None and seed < 0:
         raise ValueError(f"seed is {seed}; it must be at least 0")
-    sampling, noise = np.random.SeedSequence(seed).spawn(2)
-    return sampling, int(noise.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    if resume and checkpoint is None:
+        raise ValueError("resume needs the checkpoint folder of the run")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
+    public = {
+        "method": method,
+        "model": model,
+        "data": data,
+        "weights": weights and str(weights),
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "physical_batch_size": physical_batch_size,
+        "precision": precision,
+        "compile": compile,
+        "placement": placement,
+        "noise_placement": noise_placement,
+        "sync": sync,
+    }
+    dataset = datasets.load(data, spec, data_dir=data_dir)
+    num_examples = len(dataset.train_targets)
+    check_arguments(num_examples, sample_rate, physical_batch_size, steps)
+    framework, place = _framework(row), _device(row, device)
+    with _joined(row, place) as ranks:
+        net = framework.build(
+            spec.replace(num_classes=dataset.num_classes),
+            seed=seed or 0,
+            weights=weights,
+            device=place,
+        )
+        config = _config(
+            row,
+            epsilon,
+            noise_multiplier,
+            ranks,
+            num_examples=num_examples,
+            sample_rate=sample_rate,
+            clip_norm=clip_norm,
+            steps=steps,
+            delta=delta,
+        )
+        folder = None
+        if checkpoint is not None:
+            public |= {"device": place, **dataclasses.asdict(config)}
+            folder = Folder(checkpoint, ranks, public, resume=resume)
+        keys = folder.keys(seed) if folder else Keys.fresh(ranks, seed)
+        draws = rank_batches(
+            num_examples,
+            sample_rate,
+            physical_batch_size,
+            steps,
+            ranks=ranks,
+            seed=keys.sampling,
+            placement=placement,
+            even=sync == "every",
+            padded=not row.accepts_ragged,
+            done=folder.done if folder else 0,
+        )
+        many = {"ranks": ranks, "noise_placement": noise_placement, "sync": sync}
+        step = row.build(
+            net,
+            framework.optimizer(net, optimizer, learning_rate),
+            config,
+            loss=framework.cross_entropy,
+            physical_batch_size=physical_batch_size,
+            precision=precision,
+            compile=compile,
+            seed=keys.noise,
+            **(many if ranks.world > 1 or _devices(row) else {}),
+        )
+        if folder:
+            if not isinstance(step, Resumable):
+                raise ValueError(f"{method} cannot be resumed yet: leave the checkpoint out")
+            folder.restore(step)
+        seconds, charged = loop.run(
+            step,
+            draws,
+            dataset,
+            config,
+            ranks=ranks,
+            folder=folder,
+            every=checkpoint_every,
+            report=report if row.private and ranks.rank == 0 else None,
+            progress=progress and ranks.rank == 0,
+        )
+        told = ranks.rank == 0
+        return Result(
+            test_accuracy=_accuracy(framework, step, dataset) if told else math.nan,
+            epsilon=_spent(row, config, charged) if told else math.nan,
+            delta=delta,
+            neighbours=config.neighbours,
+            accountant="PLD",
+            noise_multiplier=config.noise_multiplier,
+            steps=charged,
+            seconds=seconds,
+            step=step,
+        )
+
+
+@contextlib.contextmanager
+def _joined(row: Method, device: str | None) -> Iterator[Ranks]:
+    # The ranks of this launch; whatever ends one of them is told to the others.
+    if Ranks.from_env().world == 1:
+        yield Ranks()
+        return
+    distributed = importlib.import_module(f"dpsgd.{row.framework}.distributed")
+    ranks = distributed.connect(device=device)
+    try:
+        yield ranks
+    except BaseException as error:
+        distributed.disconnect(ranks, error)
+        raise
+    distributed.disconnect(ranks)
+
+
+def _devices(row: Method) -> bool:
+    # Whether one process may drive several devices.
+    return row.framework == "jax" and row.static_shapes
+
+
+def _spent(row: Method, config: PrivacyConfig, charged: int) -> float:
+    return loop.spent(config, charged) if row.private else math.inf
 
 
 def _framework(row: Method) -> ModuleType:
@@ -209,7 +283,11 @@ def _device(row: Method, device: str | None) -> str | None:
 
 
 def _config(
-    row: Method, epsilon: float | None, noise_multiplier: float | None, **public
+    row: Method,
+    epsilon: float | None,
+    noise_multiplier: float | None,
+    ranks: Ranks,
+    **public,
 ) -> PrivacyConfig:
     if epsilon is not None and noise_multiplier is not None:
         raise ValueError("epsilon and noise_multiplier are both given: choose one")
@@ -217,53 +295,13 @@ def _config(
         return PrivacyConfig(noise_multiplier=0.0, **public)
     if noise_multiplier is not None:
         return PrivacyConfig(noise_multiplier=noise_multiplier, **public)
-    return PrivacyConfig.for_epsilon(8.0 if epsilon is None else epsilon, **public)
-
-
-def _run(step, draws, dataset, config, report, progress) -> float:
-    # All logical steps; the seconds they took.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress
-
-    begun = 0
-    start = time.perf_counter()
-    try:
-        with Progress(
-            "steps",
-            BarColumn(),
-            MofNCompleteColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not progress,
-        ) as bar:
-            for number, logical in enumerate(bar.track(draws, total=config.steps), 1):
-                if report:
-                    report(f"step {number}: B = {logical.size}")
-                for i, physical in enumerate(logical):
-                    inputs, targets = dataset.batch(physical.indices)
-                    placed = step.put(inputs, targets, physical.mask)
-                    if report and i == 0:
-                        clipped = step.norms(*placed)[physical.mask] > config.clip_norm
-                        report(f"step {number}: clipped fraction {np.mean(clipped):.2f} (one P)")
-                    step.accumulate(*placed)
-                begun += 1  # before the update: interrupted in it, the noisy sum may be out already
-                step.update()
-            step.synchronize()
-    except KeyboardInterrupt:
-        raise Interrupted(begun, _spent(config, begun)) from None
-    return time.perf_counter() - start
-
-
-def _spent(config: PrivacyConfig, steps: int) -> float:
-    if steps == 0:
-        return 0.0
-    return privacy.epsilon(
-        sample_rate=config.sample_rate,
-        noise_multiplier=config.noise_multiplier,
-        steps=steps,
-        delta=config.delta,
-        neighbours=config.neighbours,
-    )
+    config = None
+    if ranks.rank == 0:  # one rank calibrates, for all
+        with ranks.busy():
+            config = PrivacyConfig.for_epsilon(8.0 if epsilon is None else epsilon, **public)
+    sigma = config.noise_multiplier if config else math.nan
+    (first, *_) = ranks.exchange("noise multiplier", repr(sigma), timeout_s=600)
+    return config or PrivacyConfig(noise_multiplier=float(first), **public)
 
 
 def _accuracy(framework: ModuleType, step: Step, dataset: datasets.Dataset) -> float:
@@ -300,6 +338,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="None: the best one there is")
     add("--precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="of the arithmetic")
     add("--compile", action="store_true", help="torch.compile; JAX always compiles")
+    add("--placement", default="round-robin", choices=PLACEMENTS, help="of the draw on the ranks")
+    add("--noise-placement", default="split", choices=("split", "rank0"), help="over the ranks")
+    add("--sync", default="once", choices=("once", "every"), help="every physical batch: SGD's")
+    add("--checkpoint", help="folder to resume from; its files 'keys*' are secrets")
+    add("--checkpoint-every", type=int, default=10, help="updates from one checkpoint to the next")
+    add("--resume", action="store_true", help="go on with the run in --checkpoint, if there is one")
     add(
         "--diagnostics",
         action="store_true",
@@ -346,17 +390,24 @@ def _main(args: argparse.Namespace) -> int:
         words = error.args[0] if isinstance(error, KeyError) else error
         print("dpsgd.train:", " ".join(str(words).split()), file=sys.stderr)
         return 2
+    except (Disagreement, TimeoutError) as error:
+        print(f"dpsgd.train: {error}", file=sys.stderr)
+        return 70
     except Interrupted as stop:
+        if Ranks.from_env().rank:
+            return 130
         print(f"interrupted after {stop.steps} of {args.steps} steps")
         print(f"spent so far: {_statement(args, stop.epsilon, stop.steps)}")
         return 130
     except KeyboardInterrupt:
         print("interrupted before the first step: nothing is spent")
         return 130
+    if Ranks.from_env().rank:
+        return 0
     if METHODS[args.method].private:
         print(f"σ = {result.noise_multiplier:.4g}, C = {args.clip_norm:g}")
     print(f"test accuracy {result.test_accuracy:.4f}")
-    print(_statement(args, result.epsilon, args.steps))
+    print(_statement(args, result.epsilon, result.steps))
     if args.seed is not None and METHODS[args.method].private:
         print("the seed is fixed: this ε holds for nobody who knows it")
     if args.diagnostics:

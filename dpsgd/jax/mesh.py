@@ -21,19 +21,31 @@ its own noise sees a sum with σ²C²(W-1)/W of it; with ``rank0``, the first se
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpsgd.ranks import FACTS, Agreement, Ranks
 
 AXIS = "data"
-SHARED = "shared"  # the same on every device
-ROWS = "rows"  # [D·P, ...], cut along the leading axis
-OWN = "own"  # [D, ...], one entry for each device, which sees it without that axis
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where an argument lies; with ``own``, a device sees it without its leading axis."""
+
+    spec: Any  # a PartitionSpec, or a tree of them
+    own: bool = False
+
+
+SHARED = Kind(PartitionSpec())  # the same on every device
+ROWS = Kind(PartitionSpec(AXIS))  # [D·P, ...], cut along the leading axis
+OWN = Kind(PartitionSpec(AXIS), own=True)  # [D, ...], one entry for each device
 PLACEMENTS = ("split", "rank0")
 SYNCS = ("once", "every")
 
@@ -52,7 +64,7 @@ def noise_key(seed: int | None, device_rank: int = 0) -> jax.Array:
 class OneDevice:
     """No mesh: functions run as they are."""
 
-    shards, world, device_ranks, every = 1, 1, (0,), False
+    shards, world, device_ranks, even = 1, 1, (0,), False
 
     def __init__(self, device: jax.Device) -> None:
         self.device = device
@@ -77,8 +89,16 @@ class OneDevice:
         """The sum over the devices of this process."""
         return total
 
-    def local(self, function: Callable, takes: Sequence[str], gives: Any) -> Callable:
-        """``function`` on each device of this process."""
+    def opt_state(self, optimizer: optax.GradientTransformation, params: Any) -> Any:
+        """The optimizer's first state."""
+        return self.replicate(optimizer.init(params))
+
+    def shapes(self, params: Any) -> Any:
+        """What the device holds of them."""
+        return params
+
+    def norming(self, function: Callable) -> Callable:
+        """``(params, inputs, targets, mask) -> norms``."""
         return function
 
     def accumulating(self, function: Callable) -> Callable:
@@ -97,9 +117,9 @@ class OneDevice:
         """``function(params, opt_state, total, noise)``."""
         return function(*state)
 
-    def here(self, tree: Any) -> Any:
-        """What is replicated over all processes, for programs of this one."""
-        return tree
+    def here(self, params: Any) -> Any:
+        """The parameters, for programs of this process."""
+        return params
 
     def pace(self, total: Any) -> None:
         """Before each physical batch."""
@@ -116,13 +136,17 @@ class ManyDevices:
         devices: all W.
         ranks: this process among all.
         noise_placement: ``split`` gives each device σ²C²/W, ``rank0`` everything to device 0.
-        sync: ``once`` per update, or ``every`` physical batch, for SGD as it is usually written;
-            then all processes must see equally many physical batches.
+        sync: ``once`` per update, or ``every`` physical batch, for SGD as it is usually written.
+
+    Attributes:
+        even: whether all devices need equally many physical batches.
 
     Raises:
         ValueError: an unknown placement or sync, a process without a device, or ranks that are not
             those of ``jax.distributed``.
     """
+
+    own = OWN
 
     def __init__(
         self,
@@ -150,12 +174,12 @@ class ManyDevices:
             raise ValueError(f"process {here} drives none of the {len(devices)} devices given")
         own = [devices[w] for w in self.device_ranks]
         self.device, self.shards, self.world = own[0], len(own), len(devices)
-        self.noise_placement, self.every = noise_placement, sync == "every"
+        self.noise_placement, self.even = noise_placement, sync == "every"
         self.ranks, self.agreement = ranks, Agreement(ranks=ranks)
         self.mesh = Mesh(np.array(devices), AXIS)
         self.own_mesh = self.mesh if len(own) == len(devices) else Mesh(np.array(own), AXIS)
         # Programs of every physical batch run here.
-        self.home = self.mesh if self.every else self.own_mesh
+        self.home = self.mesh if self.even else self.own_mesh
         self.noise_share = self.world**-0.5  # of σC
         self._updates = 0
 
@@ -169,7 +193,7 @@ class ManyDevices:
     def replicate(self, tree: Any) -> Any:
         """``tree`` on every device."""
         tree = jax.device_put(tree, NamedSharding(self.own_mesh, PartitionSpec()))
-        return self._join(tree, SHARED) if self.every else tree
+        return self._join(tree, SHARED) if self.even else tree
 
     def keys(self, seed: int | None) -> jax.Array:
         """One key for each device of this process, [D]."""
@@ -178,7 +202,7 @@ class ManyDevices:
 
     def zeros(self, params: Any) -> Any:
         """An empty sum, one on each device, [D, ...]; of all of them where all are summed often."""
-        if self.every:
+        if self.even:
             return jax.tree.map(lambda a: self.replicate(np.zeros(a.shape, a.dtype)), params)
         sharding = NamedSharding(self.own_mesh, PartitionSpec(AXIS))
 
@@ -189,22 +213,30 @@ class ManyDevices:
 
     def added(self, total: Any) -> Any:
         """The sum over the devices of this process."""
-        return total if self.every else jax.tree.map(lambda a: a.sum(0), total)
+        return total if self.even else jax.tree.map(lambda a: a.sum(0), total)
 
-    def local(self, function: Callable, takes: Sequence[str], gives: Any) -> Callable:
-        """``function`` on each device of this process; what it takes and gives, by kind."""
-        return _mapped(function, self.own_mesh, takes, gives)
+    def opt_state(self, optimizer: optax.GradientTransformation, params: Any) -> Any:
+        """The optimizer's first state."""
+        return self.replicate(optimizer.init(self.here(params)))
+
+    def shapes(self, params: Any) -> Any:
+        """What a device holds of them."""
+        return params
+
+    def norming(self, function: Callable) -> Callable:
+        """``(params, inputs, targets, mask) -> norms``."""
+        return mapped(function, self.home, (SHARED, ROWS, ROWS, ROWS), ROWS)
 
     def accumulating(self, function: Callable) -> Callable:
         """``(params, total, inputs, targets, mask) -> total``, where ``total`` is each device's."""
-        if not self.every:
-            return self.local(function, (SHARED, OWN, ROWS, ROWS, ROWS), OWN)
+        if not self.even:
+            return mapped(function, self.home, (SHARED, OWN, ROWS, ROWS, ROWS), OWN)
 
         def summed(params, total, *batch):
             part = function(params, jax.tree.map(jnp.zeros_like, total), *batch)
             return jax.tree.map(jnp.add, total, jax.lax.psum(part, AXIS))
 
-        return _mapped(summed, self.mesh, (SHARED, SHARED, ROWS, ROWS, ROWS), SHARED)
+        return mapped(summed, self.mesh, (SHARED, SHARED, ROWS, ROWS, ROWS), SHARED)
 
     def drawing(self, function: Callable) -> Callable:
         """``keys -> noise, keys``: each device's share of the noise."""
@@ -214,19 +246,19 @@ class ManyDevices:
                 noise, key = function(key)
                 return jax.tree.map(lambda a: a * self.noise_share, noise), key
 
-            return self.local(share, (OWN,), (OWN, OWN))
+            return mapped(share, self.own_mesh, (OWN,), (OWN, OWN))
 
         def first(key, rank):
             like = jax.eval_shape(function, key)[0]
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
             return jax.lax.cond(rank == 0, function, lambda key: (zeros, key), key)
 
-        mapped = self.local(first, (OWN, OWN), (OWN, OWN))
-        return lambda key: mapped(key, jnp.asarray(self.device_ranks))
+        drawn = mapped(first, self.own_mesh, (OWN, OWN), (OWN, OWN))
+        return lambda key: drawn(key, jnp.asarray(self.device_ranks))
 
     def updating(self, function: Callable) -> Callable:
         """``(params, opt_state, total, noise, slots) -> params, opt_state, total, slots``."""
-        kind = SHARED if self.every else OWN
+        kind = SHARED if self.even else OWN
 
         def summed(params, opt_state, total, noise, slots):
             if noise is not None:
@@ -234,14 +266,14 @@ class ManyDevices:
             if slots is not None:
                 facts, place = slots
                 slots = facts + place * fingerprint(params)
-            if self.every:
+            if self.even:
                 slots = _summed(slots)
             else:
                 total, slots = _summed((total, slots))
             return *function(params, opt_state, total, None), slots
 
         takes = SHARED, SHARED, kind, kind, OWN
-        return _mapped(summed, self.mesh, takes, (SHARED, SHARED, kind, SHARED))
+        return mapped(summed, self.mesh, takes, (SHARED, SHARED, kind, SHARED))
 
     def update(
         self, function: Callable, params: Any, opt_state: Any, total: Any, noise: Any
@@ -259,21 +291,21 @@ class ManyDevices:
             params, opt_state, total, slots = function(
                 self._join(params, SHARED),
                 self._join(opt_state, SHARED),
-                self._join(total, OWN),
-                self._join(noise, OWN),
-                self._join(self._slots(), OWN),
+                self._join(total, self.own),
+                self._join(noise, self.own),
+                self._join(self._slots(), self.own),
             )
             if slots is not None:
                 slots = np.asarray(slots)
         if slots is not None:
             self.agreement.check(slots)
-        if self.home is self.own_mesh:
+        if not self.even:
             params, total = self.here(params), self._part(total, OWN)
         return params, opt_state, total
 
-    def here(self, tree: Any) -> Any:
-        """What is replicated over all processes, for programs of this one."""
-        return self._part(tree, SHARED)
+    def here(self, params: Any) -> Any:
+        """The parameters, for programs of this process."""
+        return self._part(params, SHARED)
 
     def pace(self, total: Any) -> None:
         """Before each physical batch: a watched process waits for its own last one."""
@@ -294,22 +326,21 @@ class ManyDevices:
         table[1, 0, self.ranks.rank * len(FACTS) + FACTS.index("parameters")] = 1
         return jax.device_put(tuple(table), NamedSharding(self.own_mesh, PartitionSpec(AXIS)))
 
-    def _join(self, tree: Any, kind: str) -> Any:
+    def _join(self, tree: Any, kind: Kind) -> Any:
         # Arrays of this process as arrays of all, without a copy.
         def joined(a):
-            own = kind == OWN
-            return _assembled(a, (self.world, *a.shape[1:]) if own else a.shape, self.mesh, own)
+            leading = (self.world, *a.shape[1:]) if kind.own else a.shape
+            return _assembled(a, leading, self.mesh, kind)
 
         if self.mesh is self.own_mesh or _spans(tree):
             return tree
         return jax.tree.map(joined, tree)
 
-    def _part(self, tree: Any, kind: str) -> Any:
+    def _part(self, tree: Any, kind: Kind) -> Any:
         # The reverse.
         def parted(a):
-            own = kind == OWN
-            leading = (self.shards, *a.shape[1:]) if own else a.shape
-            return _assembled(a, leading, self.own_mesh, own)
+            leading = (self.shards, *a.shape[1:]) if kind.own else a.shape
+            return _assembled(a, leading, self.own_mesh, kind)
 
         return tree if self.mesh is self.own_mesh else jax.tree.map(parted, tree)
 
@@ -318,6 +349,7 @@ def place_of(
     device: jax.Device,
     ranks: Ranks | None,
     devices: Sequence[jax.Device] | None,
+    model_shards: int = 1,
     **options: str,
 ) -> OneDevice | ManyDevices:
     """Where a step runs whose model is on ``device``; ``ranks`` and ``devices`` None: there."""
@@ -325,6 +357,10 @@ def place_of(
         devices = [device]
     elif devices is None:
         devices = jax.devices(device.platform)
+    if model_shards > 1:
+        from dpsgd.jax.sharded import ShardedDevices
+
+        return ShardedDevices(devices, ranks or Ranks(), model_shards, **options)
     many = ManyDevices(devices, ranks or Ranks(), **options)
     return many if many.world > 1 else OneDevice(many.device)
 
@@ -345,11 +381,10 @@ def _spans(tree):
     return all(not a.is_fully_addressable for a in jax.tree.leaves(tree))
 
 
-def _assembled(a, shape, mesh, own):
-    spec = PartitionSpec(AXIS) if own else PartitionSpec()
+def _assembled(a, shape, mesh, kind):
     shards = {shard.device: shard.data for shard in a.addressable_shards}
     here = [shards[d] for d in mesh.devices.flat if d in shards]
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), here)
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, kind.spec), here)
 
 
 def _summed(tree):
@@ -361,28 +396,27 @@ def _summed(tree):
     return jax.tree.map(lambda a, like: a.astype(like.dtype), total, tree)
 
 
-def _mapped(function, mesh, takes, gives):
-    specs = {SHARED: PartitionSpec(), ROWS: PartitionSpec(AXIS), OWN: PartitionSpec(AXIS)}
+def mapped(function: Callable, mesh: Mesh, takes: Sequence[Kind], gives: Any) -> Callable:
+    """``function`` on each device of ``mesh``."""
 
-    def inner(*args):
-        args = [
-            jax.tree.map(lambda a: a[0], arg) if kind == OWN else arg
+    def each(*args):
+        given = [
+            jax.tree.map(lambda a: a[0], arg) if kind.own else arg
             for arg, kind in zip(args, takes, strict=True)
         ]
-        found = function(*args)
-        if isinstance(gives, str):
+        found = function(*given)
+        if isinstance(gives, Kind):
             return _lifted(found, gives)
         return tuple(_lifted(one, kind) for one, kind in zip(found, gives, strict=True))
 
-    out = specs[gives] if isinstance(gives, str) else tuple(specs[kind] for kind in gives)
     return jax.shard_map(
-        inner,
+        each,
         mesh=mesh,
-        in_specs=tuple(specs[kind] for kind in takes),
-        out_specs=out,
+        in_specs=tuple(kind.spec for kind in takes),
+        out_specs=gives.spec if isinstance(gives, Kind) else tuple(kind.spec for kind in gives),
         check_vma=False,
     )
 
 
 def _lifted(tree, kind):
-    return jax.tree.map(lambda a: a[None], tree) if kind == OWN else tree
+    return jax.tree.map(lambda a: a[None], tree) if kind.own else tree

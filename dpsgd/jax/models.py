@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from dpsgd.jax import weights as layouts
+from dpsgd.jax.step import laid_out
 from dpsgd.models import ModelSpec, initial_weights
 
 
@@ -123,7 +124,7 @@ def build(
     kind = kinds[spec.family]
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(spec, nnx.Rngs(0))))
     values = initial_weights(layouts.shapes(state), seed=seed, checkpoint=weights)
-    with jax.default_device(jax.devices(device)[0] if device else None):
+    with jax.default_device(jax.local_devices(backend=device)[0] if device else None):
         layouts.fill(state, values)
     return nnx.merge(graph, state)
 
@@ -154,6 +155,5 @@ def predict(step, inputs: np.ndarray, batch_size: int = 256) -> np.ndarray:
         chunk = inputs[start : start + batch_size]
         padded = np.zeros((batch_size, *inputs.shape[1:]), inputs.dtype)  # one shape, one compile
         padded[: len(chunk)] = chunk
-        placed, _, _ = step.put(padded, np.zeros(batch_size, np.int64), np.ones(batch_size, bool))
-        chunks.append(np.asarray(_classes(model, placed))[: len(chunk)])
+        chunks.append(np.asarray(_classes(model, laid_out(padded)))[: len(chunk)])
     return np.concatenate(chunks).astype(np.int64)

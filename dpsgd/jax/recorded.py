@@ -33,7 +33,7 @@ class Recorded(JaxStep):
         self.memory_budget_bytes = memory_budget_bytes
         self.plan: list[cost.Choice] = []
         self.ways: dict[str, str] = {}
-        self._parts = Parts(self._graph, self.params, self._rest, self.loss, self.cast)
+        self._parts = Parts(self._graph, self.like, self._rest, self.loss, self.cast)
         self._proved: dict[str, list[Use]] = {}
 
     def explain(self) -> str:

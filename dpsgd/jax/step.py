@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from dpsgd.jax import weights
-from dpsgd.jax.mesh import ROWS, SHARED, place_of
+from dpsgd.jax.mesh import place_of
 from dpsgd.ranks import Ranks, digest
 
 MATMUL_PRECISION = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
@@ -66,13 +66,22 @@ def select_rows(mask: jax.Array, tree: Any) -> Any:
     )
 
 
+def laid_out(array: Any) -> np.ndarray:
+    """As JAX likes it: images NCHW to NHWC, int64 to int32."""
+    array = np.asarray(array)
+    if array.ndim == 4:
+        array = array.transpose(0, 2, 3, 1)
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
 class JaxStep:
     """
     Base of the JAX steps. ``compile`` is accepted and ignored: JAX always compiles.
 
     ``wrt`` is the nnx filter of what is trained; the rest is frozen. With ``ranks``, the step
     runs on ``devices`` of all processes (None: all of the model's kind), as :mod:`dpsgd.jax.mesh`
-    says: batches are [shards·P, ...], device w works on ``logical.share(w, place.world)``.
+    says: batches are [shards·P, ...], device w works on ``logical.share(w, place.world)``. With
+    ``model_shards``, a model is cut into so many (:mod:`dpsgd.jax.sharded`).
 
     Raises:
         ValueError: BatchNorm, no trainable parameter, or an unknown option.
@@ -97,6 +106,7 @@ class JaxStep:
         devices: Sequence[jax.Device] | None = None,
         noise_placement: str = "split",
         sync: str = "once",
+        model_shards: int = 1,
     ) -> None:
         check_model(model, wrt)
         if sync == "every" and self.private:
@@ -111,14 +121,16 @@ class JaxStep:
         split: Any = nnx.split(model, wrt, ...)
         self._graph, params, self._rest = split
         device = next(iter(jax.tree.leaves(params)[0].devices()))
-        place = place_of(device, ranks, devices, noise_placement=noise_placement, sync=sync)
+        options = {"noise_placement": noise_placement, "sync": sync, "model_shards": model_shards}
+        place = place_of(device, ranks, devices, **options)
         self.place, self.device, self.done = place, place.device, 0
         shapes = [(a.shape, str(a.dtype)) for a in jax.tree.leaves(params)]
         facts = type(self).__name__, privacy, physical_batch_size, precision, shapes
-        place.declare(config=digest(*facts, noise_placement, sync, place.world))
+        place.declare(config=digest(*facts, options, place.world))
+        self.like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
         # The step donates its buffers, so it needs its own; committed, or the first call retraces.
         self.params = place.replicate(jax.tree.map(lambda a: a.copy(), params))
-        self.opt_state = place.replicate(optimizer.init(self.params))
+        self.opt_state = place.opt_state(optimizer, self.params)
         self.total = self._zeros()
         self._key = place.keys(seed)
         parts = ("accumulate", "noise", "update")
@@ -129,10 +141,12 @@ class JaxStep:
         self._noise = self._jit(place.drawing(self._drawn), self._names[1], donate_argnums=0)
         updated = place.updating(self._updated)
         self._update = self._jit(updated, self._names[2], donate_argnums=(0, 1, 2))
-        norms = place.local(
-            lambda *args: self._sum_and_norms(*args)[1], (SHARED, ROWS, ROWS, ROWS), ROWS
-        )
-        self._norms = self._jit(norms, "norms")
+        self._norms = self._jit(place.norming(lambda *args: self._sum_and_norms(*args)[1]), "norms")
+
+    @property
+    def shards(self) -> int:
+        """D, the devices that this process drives; a batch has P rows for each."""
+        return self.place.shards
 
     @property
     def model(self) -> nnx.Module:
@@ -152,17 +166,8 @@ class JaxStep:
         return self.loss(nnx.merge(self._graph, params, self._rest), inputs, targets)
 
     def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
-        """NumPy arrays to the devices: images NCHW to NHWC, int64 to int32."""
-
-        def place(array):
-            array = np.asarray(array)
-            if array.ndim == 4:
-                array = array.transpose(0, 2, 3, 1)
-            if array.dtype == np.int64:
-                array = array.astype(np.int32)
-            return self.place.put(array)
-
-        return jax.tree.map(place, (inputs, targets, mask))
+        """NumPy arrays to the devices, as :func:`laid_out`."""
+        return jax.tree.map(lambda a: self.place.put(laid_out(a)), (inputs, targets, mask))
 
     def accumulate(self, inputs: Any, targets: jax.Array, mask: jax.Array) -> None:
         """Add the clipped gradients of the unmasked examples."""
@@ -200,7 +205,7 @@ class JaxStep:
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Trainable parameters now, {name: array}."""
-        return weights.dump(self.params)
+        return weights.dump(self.place.here(self.params))
 
     def compiles(self) -> int:
         """How often this process has compiled this method's functions."""
@@ -221,7 +226,7 @@ class JaxStep:
 
     def _drawn(self, key):
         key, own = jax.random.split(key)
-        leaves, tree = jax.tree.flatten(self.params)
+        leaves, tree = jax.tree.flatten(self.place.shapes(self.params))
         std = self.privacy.noise_multiplier * self.privacy.clip_norm
         # One flat draw: a generator per leaf would be compiled hundreds of times.
         ends = np.cumsum([leaf.size for leaf in leaves])

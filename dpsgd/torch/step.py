@@ -5,7 +5,7 @@ The sum of a logical batch lives in one flat buffer with a view per parameter, s
 in-place pass and clearing is one call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -108,7 +108,7 @@ class TorchStep:
         self._check_sync(sync)
         self.ranks, self.done = ranks or Ranks(), 0
         shapes = [(n, tuple(p.shape), p.dtype) for n, p in named]
-        facts = (type(self).__name__, privacy, physical_batch_size, precision, shapes)
+        facts: tuple = (type(self).__name__, privacy, physical_batch_size, precision, shapes)
         facts += (type(optimizer).__name__, optimizer.defaults, noise_placement, sync)
         self.reduce = Reducer(self.ranks, sum(sizes), first, facts)
         self.flat = self.reduce.flat
@@ -180,6 +180,31 @@ class TorchStep:
         result = self._numpy(self.views)
         self.flat.copy_(saved)
         return result
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Model and optimizer, by name; nothing secret."""
+        found = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if value is not None:
+                    found[f"optimizer/{number}/{name}"] = value
+        return {name: torch.as_tensor(value).cpu().numpy() for name, value in found.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray], done: int) -> None:
+        """Come back to ``state`` after ``done`` updates; the noise goes on from there."""
+        model: dict[str, torch.Tensor] = {}
+        optimizer: dict[int, dict[str, torch.Tensor]] = {}
+        for path, array in state.items():
+            kind, name = path.split("/", 1)
+            if kind == "model":
+                model[name] = torch.from_numpy(array)
+            else:
+                number, name = name.split("/")
+                optimizer.setdefault(int(number), {})[name] = torch.from_numpy(array)
+        self.model.load_state_dict(model)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+        self.done = done
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Trainable parameters now, {name: array}."""

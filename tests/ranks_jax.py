@@ -1,28 +1,27 @@
 """
-Checks over several devices or processes, in a process of their own: ``jax_ranks.py WHAT FILE``.
+What every process of a JAX launch computes; ``test_jax_distributed`` looks at the results.
 
-XLA's flags are read once, at the first import of JAX; the results are numbers in a JSON file, which
-``test_jax_distributed.py`` judges.
+There are four devices in all.
 """
 
 import json
 import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
-DEVICES = {"devices": 4, "processes": 2}
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES.get(sys.argv[1], 1)}"
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
-
-from dpsgd import METHODS, PrivacyConfig, poisson_batches  # noqa: E402
-from dpsgd.ranks import Ranks  # noqa: E402
-from dpsgd.sampling import LogicalBatch, side_by_side  # noqa: E402
+from dpsgd import METHODS, PrivacyConfig, poisson_batches
+from dpsgd.jax.distributed import connect, disconnect
+from dpsgd.ranks import Disagreement, Ranks
+from dpsgd.sampling import LogicalBatch, side_by_side
 
 P, L = 2, 10
 OURS = ("jax-sgd", "jax-masked", "jax-bookkeeping", "jax-ghost")
@@ -78,23 +77,23 @@ def logical(size, seed=0):
     return LogicalBatch(indices=indices, physical_batch_size=P)
 
 
-def drive(step, batch, even=False):
+def drive(step, batch):
     """One logical batch on all devices."""
     inputs, targets = examples()
     inputs = inputs.astype(next(iter(step.parameters().values())).dtype)
-    options = {"even": True} if even else {}
     place = step.place
-    shares = [batch.share(w, place.world, **options) for w in place.device_ranks]
+    shares = [batch.share(w, place.world, even=place.even) for w in place.device_ranks]
+    step.declare(draw=shares[0].drawn)
     for part in side_by_side(shares):
         step.accumulate(*step.put(inputs[part.indices], targets[part.indices], part.mask))
     step.update()
 
 
-def finals(step, **options):
+def finals(step):
     """Parameters after each of a few updates."""
     after = []
     for size in SIZES:
-        drive(step, logical(size), **options)
+        drive(step, logical(size))
         after.append({n: a.astype(np.float64) for n, a in step.parameters().items()})
     return after
 
@@ -108,11 +107,21 @@ def distance(one, two):
 
 
 def alike(step):
-    """Whether all devices of this process hold the same bits."""
-    return all(
-        len({np.asarray(s.data).tobytes() for s in a.addressable_shards}) == 1
-        for a in jax.tree.leaves((step.params, step.opt_state))
-    )
+    """Whether all devices of this process hold the same bits of the same part."""
+    for a in jax.tree.leaves((step.params, step.opt_state)):
+        seen = {}
+        for shard in a.addressable_shards:
+            seen.setdefault(str(shard.index), set()).add(np.asarray(shard.data).tobytes())
+        if any(len(bits) > 1 for bits in seen.values()):
+            return False
+    return True
+
+
+def held(step):
+    """Numbers of parameters and optimizer on the first device, relative to those of the model."""
+    leaves = jax.tree.leaves((step.params, step.opt_state))
+    whole = 2 * sum(a.size for a in jax.tree.leaves(step.like))  # the optimizer has one copy
+    return sum(a.addressable_shards[0].data.size for a in leaves) / whole
 
 
 class Recorder:
@@ -135,11 +144,10 @@ class Recorder:
 
 def compared(method, want, dtype="float32", **options):
     """A run on many devices: how far from ``want``, and what was compiled."""
-    even = options.get("sync") == "every"
     step = build(method, dtype=dtype, ranks=options.pop("ranks", Ranks()), **options)
     before = step.compiles()
     step._accumulate, step._update = Recorder(step._accumulate), Recorder(step._update)
-    found = finals(step, even=even)
+    found = finals(step)
     compiles = step.compiles() - before
     return {
         "distance": distance(want, found),
@@ -148,6 +156,7 @@ def compared(method, want, dtype="float32", **options):
         "accumulate": step._accumulate.collectives(),
         "update": step._update.collectives(),
         "world": step.place.world,
+        "held": held(step),
         "bytes": float(sum(a.sum() for a in found[-1].values())),
     }
 
@@ -189,36 +198,124 @@ def too_little(step, config):
     step.place.noise_share = 1 / step.place.world
 
 
-def devices():
-    """One process with four devices."""
-    found = {}
+def devices(ranks, found):
+    """All methods, by one process with up to four devices."""
     for dtype in ("float64", "float32"):
         with jax.enable_x64(dtype == "float64"):
             for method in OURS if dtype == "float64" else OURS[2:3]:
                 want = finals(build(method, dtype=dtype))
                 for count in (2, 4) if method == "jax-bookkeeping" else (4,):
-                    some = jax.devices()[:count]
-                    name = f"{method} {dtype} {count}"
-                    found[name] = compared(method, want, dtype, devices=some)
+                    some = {"dtype": dtype, "devices": jax.devices()[:count]}
+                    found[f"{method} {dtype} {count}"] = compared(method, want, **some)
                 if method == "jax-sgd":
-                    every = compared(method, want, dtype, devices=some, sync="every")
-                    found["every"] = every
+                    found["every"] = compared(method, want, **some, sync="every")
+
+
+def sharded(ranks, found):
+    """Our fastest method with the model cut into two and four."""
+    for dtype in ("float64", "float32"):
+        with jax.enable_x64(dtype == "float64"):
+            want = finals(build("jax-bookkeeping", dtype=dtype))
+            for shards in (2, 4):
+                name = f"{shards} {dtype}"
+                options = {"ranks": ranks, "model_shards": shards}
+                found[name] = compared("jax-bookkeeping", want, dtype, **options)
+
+
+def noises(ranks, found):
+    """The noise of up to four devices, and mistakes in it."""
     for count in (1, 2, 4):
         for size in (0, 2):
-            found[f"noise {count} {size}"] = noise(size, count)
-    found["noise rank0"] = noise(3, 4, noise_placement="rank0")
-    found["noise one key"] = noise(0, 4, one_key)
-    found["noise too little"] = noise(0, 4, too_little)
-    step = build("jax-bookkeeping", config=privacy(1.0), ranks=Ranks())
+            found[f"{count} devices, {size} examples"] = noise(size, count)
+    for shards in (2, 4):
+        found[f"{shards} shards"] = noise(2, 4, model_shards=shards)
+    found["rank0"] = noise(3, 4, noise_placement="rank0")
+    found["rank0, 2 shards"] = noise(3, 4, noise_placement="rank0", model_shards=2)
+    found["one key"] = noise(0, 4, one_key)
+    found["too little"] = noise(0, 4, too_little)
+    found["too little, 2 shards"] = noise(0, 4, too_little, model_shards=2)
+
+
+def poisson(ranks, found):
+    """Many draws, and how often something was compiled."""
+    step = build("jax-bookkeeping", config=privacy(1.0), ranks=ranks)
     before, sizes = step.compiles(), set()
     for batch in poisson_batches(64, 0.1, P, 60, seed=1):
         sizes.add(batch.size)
         drive(step, batch)
-    found["poisson"] = {"compiles": step.compiles() - before, "sizes": sorted(sizes)}
-    return found
+    found |= {"compiles": step.compiles() - before, "sizes": sorted(sizes)}
+
+
+def processes(ranks, found):
+    """All methods, by several processes that drive two devices each."""
+    for dtype in ("float64", "float32"):
+        with jax.enable_x64(dtype == "float64"):
+            for method in OURS if dtype == "float64" else OURS[2:3]:
+                want = finals(build(method, dtype=dtype))
+                found[f"{method} {dtype}"] = compared(method, want, dtype, ranks=ranks)
+                if method == "jax-sgd":
+                    every = compared(method, want, dtype, ranks=ranks, sync="every")
+                    found["every"] = every
+    for placement in ("split", "rank0"):
+        config = privacy(2.0)
+        step = build("jax-masked", config=config, ranks=ranks, noise_placement=placement)
+        drive(step, logical(1))
+        drive(step, logical(0))
+        found[f"noisy {placement}"] = {n: a.tolist() for n, a in step.parameters().items()}
+
+
+def disagree(ranks, found):
+    """Each matter in which rank 1 may differ, and what all ranks say."""
+    odd = ranks.rank == 1
+    for name in ("draw", "config", "parameters", "step", "nothing"):
+        config = privacy(clip_norm=2.0 if odd and name == "config" else 1.0)
+        step = build("jax-sgd", config=config, ranks=ranks)
+        if odd and name == "parameters":
+            step.params = jax.tree.map(lambda a: a * (1 + 1e-7), step.params)
+        if odd and name == "step":
+            step.place._updates += 1
+        batch = logical(5, seed=odd and name == "draw")
+        try:
+            drive(step, batch)
+            drive(step, logical(0))
+            found[name] = "agreed"
+        except Disagreement as error:
+            found[name] = str(error)
+
+
+def _fated(ranks, fated, end):
+    step = build("jax-bookkeeping", ranks=ranks)
+    drive(step, logical(9))
+    drive(step, logical(1))
+    if ranks.rank == fated:
+        end()
+    drive(step, logical(8))
+
+
+def dies(ranks, found):
+    """Rank 1 is killed between two updates."""
+    _fated(ranks, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def first_dies(ranks, found):
+    """Rank 0, with the store of all, is killed between two updates."""
+    _fated(ranks, 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hangs(ranks, found):
+    """Rank 1 does nothing any more."""
+    _fated(ranks, 1, lambda: time.sleep(1000))
+
+
+def main(folder, *checks):
+    jax.config.update("jax_num_cpu_devices", 4 // int(os.environ["WORLD_SIZE"]))
+    patience_s = 4 if set(checks) & {"dies", "hangs", "first_dies"} else 60
+    ranks, found = connect(device="cpu", timeout_s=patience_s), {}
+    for check in checks:
+        globals()[check](ranks, found.setdefault(check, {}))
+    Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
+    disconnect(ranks)
 
 
 if __name__ == "__main__":
-    what, file = sys.argv[1], Path(sys.argv[2])
-    found = {"devices": devices}[what]()
-    file.write_text(json.dumps(found))
+    main(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""
+The loop of all steps, as every rank runs it: progress, what was begun, checkpoints, Ctrl-C.
+
+Nothing that depends on the training data is shown, unless diagnostics are asked for.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from dpsgd import privacy
+from dpsgd.checkpoint import Folder
+from dpsgd.data import Dataset
+from dpsgd.privacy import PrivacyConfig
+from dpsgd.ranks import Ranks
+from dpsgd.sampling import LogicalBatch, side_by_side
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during the steps: ``steps`` updates were begun, which spent ``epsilon``."""
+
+    def __init__(self, steps: int, epsilon: float):
+        super().__init__(steps, epsilon)
+        self.steps, self.epsilon = steps, epsilon
+
+
+def run(
+    step: Any,
+    draws: Iterable[LogicalBatch],
+    dataset: Dataset,
+    config: PrivacyConfig,
+    *,
+    ranks: Ranks,
+    folder: Folder | None = None,
+    every: int = 10,
+    report: Callable[[str], None] | None = None,
+    progress: bool = False,
+) -> tuple[float, int]:
+    """
+    Run what is left of T logical steps.
+
+    Args:
+        step: of :meth:`dpsgd.Method.build`.
+        draws: this rank's share of each logical batch that is left.
+        dataset: what the draws point into.
+        config: the public configuration.
+        ranks: this process among all.
+        folder: where checkpoints go, one after each ``every`` updates and after the last.
+        every: updates from one checkpoint to the next.
+        report: takes diagnostics, which depend on the training data.
+        progress: show a progress bar.
+
+    Returns:
+        Seconds, and the steps to charge: those that were begun, in this run and before.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress
+
+    first = folder.done if folder else 0
+    begun, start = first, time.perf_counter()
+    try:
+        with Progress(
+            "steps",
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not progress,
+        ) as bar:
+            task = bar.add_task("", total=config.steps, completed=first)
+            for number, logical in enumerate(draws, first + 1):
+                _accumulate(step, logical, number, dataset, config, report)
+                begun = number  # before the update: interrupted in it, the sum may be out already
+                if folder:
+                    folder.begin(number)
+                if ranks.world > 1:
+                    step.declare(draw=logical.drawn)
+                step.update()
+                bar.advance(task)
+                if folder and (number % every == 0 or number == config.steps):
+                    folder.save(step)
+            step.synchronize()
+    except KeyboardInterrupt:
+        charged = folder.charged if folder else begun
+        raise Interrupted(charged, spent(config, charged)) from None
+    return time.perf_counter() - start, folder.charged if folder else begun
+
+
+def _accumulate(step, logical, number, dataset, config, report) -> None:
+    if report:
+        report(f"step {number}: B = {logical.size}")
+    devices = getattr(step, "shards", 1)  # that this process drives, each with a share
+    if devices > 1:
+        logical = side_by_side([logical.share(d, devices) for d in range(devices)])
+    for i, physical in enumerate(logical):
+        inputs, targets = dataset.batch(physical.indices)
+        placed = step.put(inputs, targets, physical.mask)
+        if report and i == 0:
+            clipped = step.norms(*placed)[physical.mask] > config.clip_norm
+            report(f"step {number}: clipped fraction {np.mean(clipped):.2f} (one P)")
+        step.accumulate(*placed)
+
+
+def spent(config: PrivacyConfig, steps: int) -> float:
+    """ε of ``steps`` steps of ``config``."""
+    if steps == 0:
+        return 0.0
+    return privacy.epsilon(
+        sample_rate=config.sample_rate,
+        noise_multiplier=config.noise_multiplier,
+        steps=steps,
+        delta=config.delta,
+        neighbours=config.neighbours,
+    )

@@ -1,0 +1,135 @@
+"""DP-SGD over devices and processes in JAX: the same result as on one, one sum per update."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from launch import finish, results, start
+from scipy import stats
+
+from dpsgd.sampling import LogicalBatch, side_by_side
+
+LIMITS = {"float64": 1e-12, "float32": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with four devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    return results("ranks_jax.py", 1, folder, "devices", "sharded", "noises", "poisson")[0]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two processes with two devices each."""
+    folder = tmp_path_factory.mktemp("pair")
+    return results("ranks_jax.py", 2, folder, "processes", "sharded", "disagree", "poisson")
+
+
+def assert_same(name, found):
+    limit = LIMITS["float32" if "float32" in name else "float64"]
+    assert found["distance"] < limit, name
+    assert found["alike"], name
+    assert found["compiles"] == 2, name
+
+
+def assert_one_sum(found):
+    assert found["accumulate"] == []
+    assert found["update"] == ["all-reduce"]
+
+
+def test_devices_of_one_process_give_the_result_of_one_device(alone):
+    assert len(alone["devices"]) == 7
+    for name, found in alone["devices"].items():
+        assert_same(name, found)
+        if name == "every":
+            assert (found["accumulate"], found["update"]) == (["all-reduce"], [])
+        else:
+            assert_one_sum(found)
+
+
+def test_two_processes_give_the_result_of_one_device(pair):
+    for name in pair[0]["processes"]:
+        ours = [found["processes"][name] for found in pair]
+        if name.startswith("noisy"):
+            assert ours[0] == ours[1], "ranks hold different parameters"
+            continue
+        for found in ours:
+            assert_same(name, found)
+            assert found["world"] == 4
+            if name == "every":
+                assert found["accumulate"] == ["all-reduce"]
+            else:
+                assert_one_sum(found)
+        assert ours[0]["bytes"] == ours[1]["bytes"]
+
+
+def test_a_cut_model_gives_the_result_of_one_device(alone, pair):
+    for found in (alone, *pair):
+        assert len(found["sharded"]) == 4
+        for name, one in found["sharded"].items():
+            assert_same(name, one)
+            shards = int(name.split()[0])
+            assert 1 / shards <= one["held"] < 1.6 / shards, "small parameters are padded"
+            assert one["update"] == ["all-reduce"]
+            assert set(one["accumulate"]) == {"all-gather", "reduce-scatter"}
+
+
+def test_many_draws_compile_nothing_new(alone, pair):
+    for found in (alone, *pair):
+        assert {0, 1, 2} < set(found["poisson"]["sizes"])
+        assert found["poisson"]["compiles"] == 3, "accumulate, noise, update"
+
+
+def plausible(found):
+    """Whether the numbers are N(0, σ²C²), two-sided χ² at 1e-6, and two updates independent."""
+    count = found["numbers"]
+    low, high = (stats.chi2.ppf(p, count) / count for p in (5e-7, 1 - 5e-7))
+    return bool(low < found["square"] < high and abs(found["product"]) < 5 / np.sqrt(count))
+
+
+def test_the_noise_is_that_of_one_device_whichever_ranks_are_empty(alone):
+    mistakes = {"one key", "too little", "too little, 2 shards"}
+    for name, found in alone["noises"].items():
+        assert plausible(found) == (name not in mistakes), name
+
+
+@pytest.mark.parametrize("matter", ["draw", "config", "parameters", "step"])
+def test_a_rank_that_disagrees_is_named_by_all(pair, matter):
+    for found in pair:
+        assert f"rank 1 has another {matter} than rank 0" in found["disagree"][matter]
+
+
+def test_ranks_that_agree_go_on(pair):
+    assert all(found["disagree"]["nothing"] == "agreed" for found in pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("check", "survivor", "words"),
+    [
+        ("dies", 0, "rank 1 has given no sign of life"),
+        ("hangs", 0, "rank 1 hangs"),
+        ("first_dies", 1, "rank 0|leader|coordination service"),
+    ],
+)
+def test_a_rank_that_fails_is_named_and_ends_the_run(tmp_path, check, survivor, words):
+    codes, errors = finish(start("ranks_jax.py", 2, tmp_path, check), tmp_path, timeout_s=60)
+    assert all(codes), "every rank ends, and none well"
+    assert re.search(words, errors[survivor])
+
+
+def test_a_share_is_dealt_again_to_the_devices_of_a_process():
+    for size in range(30):
+        whole = LogicalBatch(indices=np.arange(size), physical_batch_size=3)
+        parts, trips = [], set()
+        for rank in range(2):
+            mine = whole.share(rank, 2, even=True)
+            own = [mine.share(d, 3) for d in range(3)]
+            batches = list(side_by_side(own))
+            trips.add(len(batches))
+            parts += [i for b in batches for i in b.indices[b.mask]]
+            assert {share.drawn for share in own} == {whole.share(0, 2).drawn}
+        assert sorted(parts) == list(range(size))
+        assert trips == {math.ceil(math.ceil(math.ceil(size / 2) / 3) / 3)}
