@@ -112,10 +112,10 @@ def cluster(folder: Path, nodes: int, per_node: int) -> Iterator[dict[str, str]]
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
-    hosts = HOSTS.read_text()
-    own = "".join(f"127.0.0.1 {name}\n" for name in names)
+    own = f"# SLURM test at {first}"
     try:
-        HOSTS.write_text(f"{hosts.rstrip()}\n{own}")
+        lines = [*HOSTS.read_text().splitlines(), *(f"127.0.0.1 {name} {own}" for name in names)]
+        HOSTS.write_text("\n".join(lines) + "\n")
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid"}
         files |= {"log-file": "munged.log", "seed-file": "munge.seed"}
         options = [f"--{name}={folder / path}" for name, path in files.items()]
@@ -127,7 +127,8 @@ def cluster(folder: Path, nodes: int, per_node: int) -> Iterator[dict[str, str]]
         yield environment
     finally:
         _stop(folder)
-        HOSTS.write_text(HOSTS.read_text().replace(own, ""))
+        lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(own)]
+        HOSTS.write_text("\n".join(lines) + "\n")
 
 
 def _wait_idle(nodes: int, environment: dict[str, str]) -> None:
