@@ -14,6 +14,7 @@ arrival to the end.
 import gc
 import hashlib
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -135,8 +136,8 @@ def _agree(parameters: dict[str, np.ndarray], fabric: Any) -> None:
 
 
 def _hosts(fabric: Any) -> list[str]:
-    name = socket.gethostname().encode()[:64].ljust(64)
-    gathered = fabric.gather([float(byte) for byte in name])
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    gathered = fabric.gather([float(byte) for byte in name.encode()[:64].ljust(64)])
     return [bytes(row.astype(np.uint8)).decode().strip() for row in gathered]
 
 
