@@ -173,8 +173,9 @@ def show(run: dict[str, Any], file=None) -> None:
 
 
 def newest() -> Path:
-    """The newest ordinary run."""
-    runs = sorted(saved.FOLDER.glob("*/runs/*.json"), key=lambda path: path.stat().st_mtime)
+    """The newest run of one device."""
+    runs = [p for p in saved.FOLDER.glob("*/runs/*.json") if not p.stem.endswith("-multi")]
+    runs.sort(key=lambda path: path.stat().st_mtime)
     if not runs:
         raise saved.Unusable(
             "no saved run under .benchmarks/*/runs: measure first (nox -s perf_cpu)"
