@@ -1,8 +1,9 @@
 """
 What every JAX method shares: checks, precision, a donated sum, noise once, the optimizer.
 
-A method gives ``_sum_and_norms(params, inputs, targets, mask)``. It is compiled once per shape, in
-``accumulate``, whose running sum is donated, so that it is updated in place.
+A method gives ``_sum_and_norms(params, clip_norm, inputs, targets, mask)``. It is compiled once per
+shape, in ``accumulate``, whose running sum is donated, so that it is updated in place. C, σC and L
+are arguments of the compiled functions: another ``privacy`` needs no other compilation.
 """
 
 import secrets
@@ -18,6 +19,8 @@ import optax
 from flax import nnx
 
 from dpsgd.jax import weights
+from dpsgd.jax.check import examples_apart
+from dpsgd.jax.noise import halves, normals
 
 MATMUL_PRECISION = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 _COMPILES: Counter[str] = Counter()
@@ -105,16 +108,17 @@ class JaxStep:
         # The step donates its buffers, so it needs its own; committed, or the first call retraces.
         self.params = jax.tree.map(lambda a: jax.device_put(a.copy(), self.device), params)
         self.opt_state = jax.device_put(optimizer.init(self.params), self.device)
-        self.total = self._zeros()
+        self.total, self._apart = self._zeros(), False
         data = secrets.token_bytes(16) if seed is None else np.random.default_rng(seed).bytes(16)
-        # rbg: one hardware-friendly stream per key, several times faster than threefry.
         key = jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="rbg")
         self._key = jax.device_put(key, self.device)
         parts = ("accumulate", "noise", "update")
         self._names = [f"{type(self).__name__}_{part}" for part in parts]
         self._accumulate = self._jit(self._accumulated, self._names[0], donate_argnums=1)
-        # A function of its own: fused with the optimizer, XLA compiles both five times longer.
-        self._noise = self._jit(self._drawn, self._names[1], donate_argnums=0)
+        # A function of its own: fused with the optimizer, XLA compiles both five times longer. The
+        # arrays of the last draw are taken for the next one: new memory costs more than the noise.
+        drawn = self._jit(self._drawn, self._names[1], donate_argnums=(0, 2), keep_unused=True)
+        self._noise, self._noises = drawn, None
         self._update = self._jit(self._updated, self._names[2], donate_argnums=(0, 1, 2))
         self._norms = self._jit(lambda *args: self._sum_and_norms(*args)[1], "norms")
 
@@ -148,16 +152,31 @@ class JaxStep:
         return jax.tree.map(place, (inputs, targets, mask))
 
     def accumulate(self, inputs: Any, targets: jax.Array, mask: jax.Array) -> None:
-        """Add the clipped gradients of the unmasked examples."""
-        self.total = self._accumulate(self.params, self.total, inputs, targets, mask)
+        """
+        Add the clipped gradients of the unmasked examples.
+
+        Raises:
+            ValueError: at the first call, a loss that mixes examples.
+        """
+        if self.private and not self._apart:
+            parts = self._graph, self.params, self._rest
+            examples_apart(self.loss, *parts, inputs, targets, mask)
+            self._apart = True
+        clip_norm = self.privacy.clip_norm
+        self.total = self._accumulate(self.params, self.total, clip_norm, inputs, targets, mask)
 
     def update(self) -> None:
         """Noise once, divide by L, the optimizer, clear."""
-        noise = None
-        if self.private and self.privacy.noise_multiplier > 0:
-            noise, self._key = self._noise(self._key)
+        noise, std = None, self.privacy.noise_multiplier * self.privacy.clip_norm
+        if self.private and std > 0:
+            if self._noises is None:
+                shapes = jax.eval_shape(self._drawn, self._key, std, None)[0]
+                zeros = [jnp.zeros(a.shape, a.dtype) for a in shapes]
+                self._noises = jax.device_put(zeros, self.device)
+            noise, self._key = self._noise(self._key, std, self._noises)
+            self._noises = noise
         self.params, self.opt_state, self.total = self._update(
-            self.params, self.opt_state, self.total, noise
+            self.params, self.opt_state, self.total, noise, self.privacy.expected_batch_size
         )
 
     def synchronize(self) -> None:
@@ -173,7 +192,8 @@ class JaxStep:
 
     def norms(self, inputs: Any, targets: Any, mask: Any) -> np.ndarray:
         """Per-example gradient norms [P]; masked rows are 0."""
-        return np.asarray(self._norms(self.params, inputs, targets, mask))
+        clip_norm = self.privacy.clip_norm
+        return np.asarray(self._norms(self.params, clip_norm, inputs, targets, mask))
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Trainable parameters now, {name: array}."""
@@ -185,32 +205,36 @@ class JaxStep:
 
     def plan_bytes(self, inputs: Any, targets: Any, mask: Any) -> int:
         """XLA's own memory plan for one ``accumulate``: arguments, results and temporaries."""
-        lowered = self._accumulate.lower(self.params, self.total, inputs, targets, mask)
+        lowered = self._accumulate.lower(self.params, self.total, 1.0, inputs, targets, mask)
         plan = lowered.compile().memory_analysis()
         kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         return kept + plan.temp_size_in_bytes
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         raise NotImplementedError
 
-    def _accumulated(self, params, total, inputs, targets, mask):
-        return jax.tree.map(jnp.add, total, self._sum_and_norms(params, inputs, targets, mask)[0])
+    def _accumulated(self, params, total, clip_norm, *batch):
+        return jax.tree.map(jnp.add, total, self._sum_and_norms(params, clip_norm, *batch)[0])
 
-    def _drawn(self, key):
+    def _drawn(self, key, std, _):
+        # Two flat arrays: a generator per leaf would be compiled hundreds of times.
         key, own = jax.random.split(key)
-        leaves, tree = jax.tree.flatten(self.params)
-        std = self.privacy.noise_multiplier * self.privacy.clip_norm
-        # One flat draw: a generator per leaf would be compiled hundreds of times.
-        ends = np.cumsum([leaf.size for leaf in leaves])
-        noise = std * jax.random.normal(own, (ends[-1],), leaves[0].dtype)
-        # Without the barrier, XLA fuses the generator into every slice.
-        parts = jnp.split(jax.lax.optimization_barrier(noise), ends[:-1])
-        shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-        return jax.tree.unflatten(tree, shaped), key
+        size = halves([leaf.size for leaf in jax.tree.leaves(self.params)])[1]
+        return [std * z for z in normals(jax.random.key_data(own), size)], key
 
-    def _updated(self, params, opt_state, total, noise):
-        noisy = total if noise is None else jax.tree.map(jnp.add, total, noise)
-        gradient = jax.tree.map(lambda g: g / self.privacy.expected_batch_size, noisy)
+    def _shaped(self, noise):
+        """The flat arrays as a tree like the parameters."""
+        leaves, tree = jax.tree.flatten(self.params)
+        places = halves([leaf.size for leaf in leaves])[0]
+        parts = [
+            noise[which][start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
+            for (which, start), leaf in zip(places, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, parts)
+
+    def _updated(self, params, opt_state, total, noise, expected_batch_size):
+        noisy = total if noise is None else jax.tree.map(jnp.add, total, self._shaped(noise))
+        gradient = jax.tree.map(lambda g: g / expected_batch_size, noisy)
         updates, opt_state = self.optimizer.update(gradient, opt_state, params)
         cleared = jax.tree.map(jnp.zeros_like, total)
         return optax.apply_updates(params, updates), opt_state, cleared
