@@ -4,7 +4,9 @@
 def pytest_addoption(parser):
     """Options of `python -m pytest perf`, and of the perf sessions of nox after `--`."""
     group = parser.getgroup("perf", "DP-SGD benchmarks")
-    group.addoption("--profile", default=None, help="smoke, quick (default), full, full-torch, gpu")
+    group.addoption(
+        "--profile", default=None, help="smoke, quick (default), full, full-torch, full-jax, gpu, …"
+    )
     group.addoption("--methods", default=None, help="comma-separated; default: all registered")
     group.addoption(
         "--models", default=None, help="comma-separated, overrides too: vit-b16-4blocks"

@@ -2,9 +2,10 @@
 What is timed and how; the only place that knows.
 
 A *step* is all ``accumulate`` calls of one logical batch, ``update``, one synchronisation. Each
-round of a private method lies between two SGD steps of the same model, mode and P; its ratio
-divides by their geometric mean, each per real example. Padding is not counted as examples.
-Draws come from one seed, so that every method, framework and run does the same work.
+round of a method lies between two steps of the SGD it is compared with (same model, mode and P),
+unless it is that itself; its ratio divides by their geometric mean, each per real example. Padding
+is not counted as examples. Draws come from one seed, so that every method, framework and run does
+the same work.
 """
 
 import gc
@@ -199,7 +200,8 @@ class Bench:
             raise WrongResult(problem)
         row["checked"] = True
         row["compiles"] = subject.step.compiles() - compiled
-        sgd = self._sgd(case) if case.row.private else None
+        own = case.method == case.row.baseline
+        sgd = None if own else self._sgd(case)
         if not case.row.static_shapes:
             compiled = subject.step.compiles()
             cold = [timed(subject.run, k, clock=self.clock) for k in range(case.draws)]
@@ -233,7 +235,7 @@ class Bench:
         if not all(np.isfinite(p).all() for p in subject.step.parameters().values()):
             raise WrongResult("parameters are not finite after the timed steps")
         row["status"] = "ok"
-        if not case.row.private:
+        if own:
             self._kept = (self._key(case, case.ragged), subject)
 
     def _summary(self, seconds, sizes, baseline) -> dict[str, Any]:

@@ -103,7 +103,7 @@ CALL_HEADERS = ("call", "by", "size", "µs")
 
 def calls(run: dict[str, Any]) -> list[list[str]]:
     """Cells of what is measured outside of a step."""
-    rows = [row for row in run["rows"] if row.get("kind", "step") != "step"]
+    rows = [row for row in run["rows"] if row.get("kind", "step") not in ("step", "padding")]
     return [
         [
             row["kind"],
@@ -113,6 +113,27 @@ def calls(run: dict[str, Any]) -> list[list[str]]:
         ]
         for row in rows
     ]
+
+
+PADDING_HEADERS = ("way", "compiles", "padding", "real ex/s", "with compiling")
+
+
+def padding(run: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Title and cells of the ways to give draws of every size one shape."""
+    rows = [row for row in run["rows"] if row.get("kind") == "padding"]
+    cells = [
+        [
+            row["method"],
+            str(row["compiles"]),
+            f"{row['padding_fraction']:.0%}",
+            _number(row["examples_per_s"]),
+            _number(row["examples_per_s_with_compiles"]),
+        ]
+        if row["status"] == "ok"
+        else [row["method"], row["status"], "", "", ""]
+        for row in rows
+    ]
+    return f"static shapes for Poisson draws · {rows[0]['size'] if rows else ''}", cells
 
 
 def _title(run: dict[str, Any]) -> str:
@@ -141,6 +162,9 @@ def markdown(run: dict[str, Any]) -> str:
     parts += [f"**{title}**\n\n{table(HEADERS, rows)}" for title, rows in found]
     if rows := calls(run):
         parts.append(f"**{CALLS}**\n\n{table(CALL_HEADERS, rows)}")
+    title, rows = padding(run)
+    if rows:
+        parts.append(f"**{title}**\n\n{table(PADDING_HEADERS, rows)}")
     return "\n\n".join([*parts, LEGEND, "  \n".join(notes)]).strip() + "\n"
 
 
@@ -168,6 +192,9 @@ def show(run: dict[str, Any], file=None) -> None:
         table(title, HEADERS, rows)
     if rows := calls(run):
         table(CALLS, CALL_HEADERS, rows)
+    title, rows = padding(run)
+    if rows:
+        table(title, PADDING_HEADERS, rows)
     for line in [LEGEND, *notes]:
         console.print(line, markup=False)
 

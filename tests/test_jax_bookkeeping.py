@@ -357,3 +357,57 @@ def test_what_has_no_gradient_is_named():
     model.steps = nnx.Param(jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=r"'steps' is int32.*leave it out of wrt"):
         build(model)
+
+
+class Centred(nnx.Module):
+    """Subtracts the mean over the batch, or over each example's own positions."""
+
+    def __init__(self, rngs, axis):
+        self.linear, self.axis = nnx.Linear(6, 3, rngs=rngs), axis
+
+    def __call__(self, x):
+        return self.linear(x - x.mean(self.axis, keepdims=True))
+
+
+def mean_loss(model, inputs, targets):
+    return each(model, inputs, targets).mean()
+
+
+def relative_loss(model, inputs, targets):
+    losses = each(model, inputs, targets)
+    return losses / losses.sum()
+
+
+@pytest.mark.parametrize("method", ["jax-bookkeeping", "jax-masked", "jax-vmap"])
+@pytest.mark.parametrize(
+    ("axis", "loss", "words"),
+    [
+        (0, each, "mixes examples"),
+        (1, relative_loss, "mixes examples"),
+        (1, mean_loss, r"has shape \(\); return one loss per example"),
+        (1, each, None),
+    ],
+)
+def test_what_mixes_examples_is_refused_at_the_first_batch(method, axis, loss, words):
+    step = build(Centred(nnx.Rngs(0), axis), method, loss=loss)
+    given = jnp.asarray(batch((2, 6))), jnp.zeros(P, jnp.int32), jnp.asarray(MASK)
+    if words is None:
+        step.accumulate(*given)
+        return
+    with pytest.raises(ValueError, match=words):
+        step.accumulate(*given)
+
+
+def test_one_real_example_is_enough_to_see_that_ids_are_mixed():
+    class Mixed(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(7, 3, rngs=rngs)
+
+        def __call__(self, ids):
+            x = self.embed(ids)
+            return x / x.sum(0, keepdims=True)
+
+    step = build(Mixed(nnx.Rngs(0)), "jax-masked")
+    ids = jnp.full((P, 5), 4, jnp.int32)
+    with pytest.raises(ValueError, match="mixes examples"):
+        step.accumulate(ids, jnp.zeros(P, jnp.int32), jnp.arange(P) == 2)

@@ -86,6 +86,37 @@ def test_pairing_cancels_a_machine_that_grows_slower(monkeypatch):
     assert low <= row["slowdown"] <= high
 
 
+def test_a_faster_sgd_is_paired_with_plain_sgd_and_never_stands_in_for_it(monkeypatch):
+    clock, built = Clock(), []
+    costs = {"jax-sgd": 0.004, "jax-sgd-tuned": 0.002, "jax-masked": 0.006}
+    kind = fake_prepared(clock, costs, drift=0)
+
+    def counted(case, *args, **options):
+        built.append(case.method)
+        return kind(case, *args, **options)
+
+    monkeypatch.setattr(protocol, "Prepared", counted)
+    bench, found = protocol.Bench("cpu", 7, clock), {}
+    for method in ("jax-sgd", "jax-sgd-tuned", "jax-masked"):
+        case = Case(model="digits-cnn", physical_batch=64, method=method, compile=True)
+        found[method] = protocol.blank(case, "smoke")
+        bench.measure(case, replay(clock), found[method])
+    assert built == ["jax-sgd", "jax-sgd-tuned", "jax-masked"], "one plain SGD serves all"
+    assert "slowdown" not in found["jax-sgd"]
+    slow = [found[m]["slowdown"] for m in ("jax-sgd-tuned", "jax-masked")]
+    assert slow == pytest.approx([0.5, 1.5])
+    saved.best_sgd(found.values())
+    assert [row["vs_best_sgd"] for row in found.values()] == pytest.approx([2, 1, 3])
+
+
+def test_the_best_sgd_is_that_of_the_same_logical_batch():
+    rows = [row for run in (canned(), canned(sgd=0.0005)) for row in run["rows"]]
+    for row in rows[2:]:
+        row["expected_batch"] *= 8
+    saved.best_sgd(rows)
+    assert [row["vs_best_sgd"] for row in rows] == pytest.approx([1, 3, 1, 3])
+
+
 def test_ratios_are_per_real_example():
     assert protocol.ratios([6.0], [3], [2.0, 2.0]) == pytest.approx([3.0])
     assert protocol.ratios([6.0, 4.0], [3, 2], [1.0, 4.0, 1.0]) == pytest.approx(
@@ -276,7 +307,7 @@ def test_a_profile_takes_what_is_registered(monkeypatch):
 
 
 def test_selection_errors():
-    with pytest.raises(ValueError, match="smoke, quick, full, full-torch, gpu"):
+    with pytest.raises(ValueError, match="smoke, quick, full, full-torch, full-jax, gpu"):
         cases("fast")
     with pytest.raises(KeyError, match="vit-ti16"):
         cases("quick", models_wanted=["vit-ti"])

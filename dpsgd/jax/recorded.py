@@ -101,11 +101,14 @@ class Recorded(JaxStep):
         ones = jnp.ones_like(weights)
         return self.state(dict(zip(numbers, own, strict=True)), self.summed(uses, found, ones))
 
-    def factors(self, squared: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @staticmethod
+    def factors(
+        squared: jax.Array, clip_norm: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """(min(1, C/‖g‖), ‖g‖) [P]; 0 for masked rows, and where ‖g‖² is not finite in float32."""
         keep = mask & jnp.isfinite(squared.astype(jnp.float32))
         norms = jnp.sqrt(jnp.where(keep, squared, 0))
-        factors = jnp.where(keep, jnp.minimum(1, self.privacy.clip_norm / norms), 0)
+        factors = jnp.where(keep, jnp.minimum(1, clip_norm / norms), 0)
         return factors, jnp.sqrt(jnp.where(mask, squared, 0))
 
     def summed(

@@ -20,7 +20,7 @@ class SGDTuned(Recorded):
 
     private = False
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         uses = [use.told("keep", held=False) for use in self.uses(inputs, targets)]
         tapped, inputs = Tapped(self._parts, uses), select_rows(mask, inputs)
         leaves, numbers = jax.tree.leaves(params), self.others(uses)
