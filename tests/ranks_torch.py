@@ -79,7 +79,13 @@ class Counted:
 
     def __enter__(self):
         self.calls, self._real = [], {}
-        for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter_tensor", "barrier"):
+        for name in (
+            "all_reduce",
+            "broadcast",
+            "all_gather",
+            "reduce_scatter_tensor",
+            "all_gather_into_tensor",
+        ):
             self._real[name] = getattr(dist, name)
             setattr(dist, name, self._counting(name))
         return self

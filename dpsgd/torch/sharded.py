@@ -6,6 +6,7 @@ is used. A rank sees the whole gradient of its own examples, so norms are local.
 batch the sums of each unit are reduce-scattered, and every rank adds N(0, σ²C²) to the coordinates
 that it owns: each coordinate of the sum gets its noise once.
 
+The optimizer has to be elementwise (SGD, Adam, AdamW): a rank gives it its own elements only.
 Every rank gathers at each physical batch, so all need the same number of them:
 ``logical.share(rank, world, even=True)``. Memory per rank: a flat sum of all parameters, and 1/W of
 parameters and optimizer state. The model is built whole, and with the same weights, on each rank.
@@ -45,6 +46,7 @@ class Sharded(Bookkeeping):
             raise ValueError("give an optimizer that has not stepped: its state will be sharded")
         self.reduce.agreement.declare(parameters=fingerprint(self.params))
         self._units: list[list[int]] = []  # numbers of the parameters of each
+        self._local: list[nn.Parameter] = []
         self._shard_of_sum = self.flat[:0]
 
     def accumulate(self, inputs, targets, mask) -> None:
@@ -115,9 +117,12 @@ class Sharded(Bookkeeping):
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(False, recurse=False)
         sharded = dict(model.named_parameters())
-        for group in self.optimizer.param_groups:
-            group["params"] = [sharded[plain[p]] for p in group["params"]]
         self.params = [sharded[name] for name in self.names]
+        # Most fused optimizers know no DTensor; elementwise ones need none, but its own elements.
+        self._local = [nn.Parameter(p.to_local().detach()) for p in self.params]
+        local = dict(zip(self.names, self._local, strict=True))
+        for group in self.optimizer.param_groups:
+            group["params"] = [local[plain[p]] for p in group["params"]]
         self.recorder.params = {name: sharded[name] for name in self.recorder.params}
         for p in self.params:
             p.requires_grad_(False)  # nor do the gathered ones: their gradients are the taps' work
@@ -161,16 +166,8 @@ class Sharded(Bookkeeping):
         numbers = [n for unit in self._units for n in unit]
         pieces = own.split([self._width(n) for n in numbers])
         for number, piece in zip(numbers, pieces, strict=True):
-            p = self.params[number]
-            local = p.to_local()
-            p.grad = DTensor.from_local(
-                piece[: local.numel()].view_as(local),
-                p.device_mesh,
-                p.placements,
-                run_check=False,
-                shape=p.shape,
-                stride=p.stride(),
-            )
+            p = self._local[number]
+            p.grad = piece[: p.numel()].view_as(p)
         self.optimizer.step()
 
 
