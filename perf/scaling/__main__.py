@@ -55,7 +55,8 @@ def _predict(args: argparse.Namespace) -> None:
     methods = (SGD_EVERY, SGD_ONCE, HOOKS, BOOKKEEPING)
     series = figure.predicted(LOAD, methods, machine, report.worlds())
     title = f"ViT-B/16 on {machine.name}, L = 25,000: predicted, not measured"
-    note = "bands: all corners of the inputs' ranges\nno point here was measured"
+    note = "bands: all corners of the inputs' ranges. no point here was measured\n"
+    note += "teeth: the last physical batch of a rank is padded to P"
     for path in figure.draw(series, title, note, args.out or Path("docs/scaling")):
         print(f"figure {path}")
     text = report.markdown(LOAD, machine, measured_slowdowns())

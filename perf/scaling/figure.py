@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from perf.scaling.model import Load, Machine, Method, Range, predict
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; so are markers and dashes.
@@ -111,7 +113,9 @@ def draw(series: Sequence[Series], title: str, note: str, stem: Path) -> list[Pa
     rate.set_ylabel("throughput, real examples/s")
     share.set_ylabel("efficiency: throughput / (W × one device)")
     share.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    share.set_ylim(0, max(1.05, *(v.high + 0.05 for line in series for v in line.efficiency)))
+    reached = [v for line in series for v in line.efficiency]
+    lowest = np.floor(10 * min(value.low for value in reached)) / 10 - 0.1
+    share.set_ylim(max(0, lowest), max(1.05, *(value.high + 0.05 for value in reached)))
     figure.suptitle(title, fontsize=12)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     share.text(0.02, 0.03, note, transform=share.transAxes, fontsize=8, color="0.25")

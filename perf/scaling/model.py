@@ -189,8 +189,9 @@ class Step:
     Where the seconds of one logical batch go, and what comes of them.
 
     Attributes:
-        compute_s: of the mean rank.
-        straggler_s: what the slowest rank needs more.
+        compute_s: of the mean rank's real examples.
+        padding_s: of what fills its physical batches up.
+        straggler_s: what the slowest rank needs more than the mean one.
         comm_s: all-reduces, as far as nothing hides them.
         once_s: noise, optimiser and what else is paid once.
         examples: expected real examples of the logical batch.
@@ -198,6 +199,7 @@ class Step:
 
     world: int
     compute_s: Number
+    padding_s: Number
     straggler_s: Number
     comm_s: Number
     once_s: Number
@@ -206,7 +208,8 @@ class Step:
     @property
     def seconds(self) -> Number:
         """T(W)."""
-        return self.compute_s + self.straggler_s + self.comm_s + self.once_s
+        local = self.compute_s + self.padding_s + self.straggler_s
+        return local + self.comm_s + self.once_s
 
     @property
     def examples_per_s(self) -> Number:
@@ -217,6 +220,11 @@ class Step:
     def comm_share(self) -> Number:
         """Of T, 0 to 1."""
         return self.comm_s / self.seconds
+
+    @property
+    def padding_share(self) -> Number:
+        """Of T, 0 to 1."""
+        return self.padding_s / self.seconds
 
     @property
     def straggler_share(self) -> Number:
@@ -238,10 +246,12 @@ def step(load: Load, method: Method, world: int, values: Values) -> Step:
     work = batches if method.padded else trips(*drawn, 1, load.placement)
     reductions = batches.slowest if method.sync == "every" else 1.0
     reduction = all_reduce_s(world, FLOAT32 * load.parameters, values.alpha_s, values.bytes_per_s)
+    real = expected / world / method.physical_batch
     exposed = np.maximum(0, reduction - method.overlap * values.batch_s)
     return Step(
         world=world,
-        compute_s=work.mean / unit * values.batch_s,
+        compute_s=real * values.batch_s,
+        padding_s=(work.mean / unit - real) * values.batch_s,
         straggler_s=(work.slowest - work.mean) / unit * values.batch_s,
         comm_s=reductions * exposed,
         once_s=values.noise_s + values.optimizer_s + values.fix_s,
