@@ -34,9 +34,8 @@ def assert_same(name, found):
     assert found["compiles"] == 2, name
 
 
-def assert_one_sum(found):
-    assert found["accumulate"] == []
-    assert found["update"] == ["all-reduce"]
+def assert_collectives(found, accumulate, update):
+    assert (found["accumulate"], found["update"]) == (accumulate, update)
 
 
 def test_devices_of_one_process_give_the_result_of_one_device(alone):
@@ -44,9 +43,9 @@ def test_devices_of_one_process_give_the_result_of_one_device(alone):
     for name, found in alone["devices"].items():
         assert_same(name, found)
         if name == "every":
-            assert (found["accumulate"], found["update"]) == (["all-reduce"], [])
+            assert_collectives(found, ["all-reduce"], [])
         else:
-            assert_one_sum(found)
+            assert_collectives(found, [], ["all-reduce"])
 
 
 def test_two_processes_give_the_result_of_one_device(pair):
@@ -59,21 +58,22 @@ def test_two_processes_give_the_result_of_one_device(pair):
             assert_same(name, found)
             assert found["world"] == 4
             if name == "every":
-                assert found["accumulate"] == ["all-reduce"]
+                assert_collectives(found, ["all-reduce"], ["all-reduce"])  # of the digests
             else:
-                assert_one_sum(found)
-        assert ours[0]["bytes"] == ours[1]["bytes"]
+                assert_collectives(found, [], ["all-reduce"])
+        assert ours[0]["total"] == ours[1]["total"]
 
 
 def test_a_cut_model_gives_the_result_of_one_device(alone, pair):
     for found in (alone, *pair):
-        assert len(found["sharded"]) == 4
+        assert len(found["sharded"]) == 3
         for name, one in found["sharded"].items():
             assert_same(name, one)
             shards = int(name.split()[0])
             assert 1 / shards <= one["held"] < 1.6 / shards, "small parameters are padded"
-            assert one["update"] == ["all-reduce"]
             assert set(one["accumulate"]) == {"all-gather", "reduce-scatter"}
+            digests = found is not alone  # they are summed over both axes of the mesh
+            assert one["update"] == ["all-reduce"] * (1 + digests)
 
 
 def test_many_draws_compile_nothing_new(alone, pair):
@@ -133,3 +133,17 @@ def test_a_share_is_dealt_again_to_the_devices_of_a_process():
             assert {share.drawn for share in own} == {whole.share(0, 2).drawn}
         assert sorted(parts) == list(range(size))
         assert trips == {math.ceil(math.ceil(math.ceil(size / 2) / 3) / 3)}
+
+
+@pytest.mark.slow
+def test_training_over_devices_and_processes_ends_at_the_same_parameters(tmp_path):
+    (one,) = results("ranks_jax.py", 1, tmp_path, "trains")
+    two = results("ranks_jax.py", 2, tmp_path, "trains")
+    for method, want in one.items():
+        assert [run[method].pop("shards") for run in (one, *two)] == [4, 2, 2]
+        accuracy = want.pop("accuracy")
+        assert two[0][method].pop("accuracy") == accuracy
+        assert np.isnan(two[1][method].pop("accuracy"))
+        for name in want:
+            assert two[0][method][name] == two[1][method][name], "ranks differ"
+            np.testing.assert_allclose(two[0][method][name], want[name], atol=1e-5)
