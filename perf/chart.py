@@ -1,13 +1,16 @@
 """
-The table and the plots of a run over several world sizes.
+The table and the plots of a run over several world sizes: ``python -m perf.chart RUN.json``.
 
 Plots: throughput with its ideal line, efficiency, and which share of a step goes to communication
 (the bare all-reduce of the same bytes) and to waiting for the slowest rank.
 """
 
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
+from perf import saved
 from perf.table import _number as number
 
 HEADERS = (
@@ -152,3 +155,21 @@ def _panels(axes, scaling: str, rows: list[dict[str, Any]]) -> None:
         panel.set_xlabel("devices")
         panel.legend(fontsize=7)
         panel.grid(alpha=0.3)
+
+
+def main() -> None:
+    """Print the table of a run, and plot it beside its file."""
+    parser = argparse.ArgumentParser(prog="perf.chart", description=__doc__)
+    parser.add_argument("run", type=Path)
+    args = parser.parse_args()
+    try:
+        run = saved.load(args.run)
+    except saved.Unusable as error:
+        sys.exit(f"perf.chart: {error}")
+    show(run)
+    for picture in plot(run, args.run.with_suffix("")):
+        print(f"plot {picture}")
+
+
+if __name__ == "__main__":
+    main()

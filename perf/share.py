@@ -85,10 +85,12 @@ class Share:
         inputs, targets = pool(spec, case.physical_batch * self.shards)
         self.batches = placed(self.step, parts, inputs, targets)
 
-    def accumulate(self, draw: int) -> None:
+    def accumulate(self, draw: int, *, wait: bool = False) -> None:
         """All physical batches of draw number ``draw``."""
         for part in self.batches[draw % len(self.batches)]:
             self.step.accumulate(*part)
+        if wait:
+            self.step.synchronize()
 
     def run(self, draw: int) -> None:
         """One whole step."""

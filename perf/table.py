@@ -230,6 +230,8 @@ def main() -> None:
         run = saved.load(args.run or newest())
     except saved.Unusable as error:
         sys.exit(f"perf.table: {error}")
+    if any(row.get("kind") == "scaling" for row in run["rows"]):
+        sys.exit("perf.table: a run over several devices: python -m perf.chart shows it")
     if args.write:
         write(run, Path(args.write))
     elif args.markdown:

@@ -37,16 +37,17 @@ def measure(setting: Setting, fabric: Any, device: str, rounds: int, sgd: Any) -
     (what was found, the built :class:`perf.share.Share`), the same on each rank.
 
     Raises:
-        WrongResult: the ranks' parameters differ, or are not finite.
+        WrongResult: the ranks' parameters differ, or are not finite, or a step recompiled.
     """
     found: dict[str, Any] = {}
+    row = setting.case.row
     subject, failed = None, ("", "")
     try:  # what can fail on one rank alone must not leave the others in a collective
         subject = Share(setting, fabric.ranks, device)
         if setting.sync == "once":
-            found["first_step_s"] = timed(subject.accumulate, 0)
+            found["first_step_s"] = timed(lambda: subject.accumulate(0, wait=True))
     except Exception as error:
-        failed = outcome(error, peer=not setting.case.row.ours)
+        failed = outcome(error, peer=not row.ours)
     if fabric.gather([float(bool(failed[0]))]).any():
         status, reason = failed if failed[0] else ("error", "another rank failed")
         return {"status": status, "reason": reason}, None
@@ -108,6 +109,8 @@ def measure(setting: Setting, fabric: Any, device: str, rounds: int, sgd: Any) -
         "trips_max": float(np.mean([max(trips) for trips in subject.trips])),
         "recompiles": subject.step.compiles() - compiled,
     }
+    if found["recompiles"] and row.framework == "jax" and row.static_shapes:
+        raise WrongResult(f"compiled {found['recompiles']} times more after warm-up")
     if sgd:
         base = fabric.gather(baseline).max(0)
         slow = ratios(seconds.tolist(), sizes, base.tolist())
@@ -125,12 +128,13 @@ def measure(setting: Setting, fabric: Any, device: str, rounds: int, sgd: Any) -
 
 def _agree(parameters: dict[str, np.ndarray], fabric: Any) -> None:
     """Ranks that added different noise, or reduced different sums, have drifted apart."""
-    if not all(np.isfinite(p).all() for p in parameters.values()):
-        raise WrongResult("parameters are not finite after the timed steps")
+    finite = all(np.isfinite(p).all() for p in parameters.values())
     digest = hashlib.sha256(b"".join(p.tobytes() for p in parameters.values())).digest()
     # 16 bits a number: exact in the float32 of a gathering in JAX.
     words = np.frombuffer(digest[:16], np.uint16).astype(float)
-    gathered = fabric.gather(words.tolist())
+    gathered = fabric.gather([*words, finite])
+    if not gathered[:, -1].all():
+        raise WrongResult("parameters are not finite after the timed steps")
     if (gathered != gathered[0]).any():
         raise WrongResult("the ranks' parameters differ after the timed steps")
 

@@ -171,7 +171,8 @@ class Fabric:
 
     def gather(self, values):
         mine = np.array(values)
-        return np.stack([mine, mine * self.slower if mine.size != 8 else mine + self.other])
+        digest = mine.size == 9  # 8 words and a flag
+        return np.stack([mine, mine + self.other if digest else mine * self.slower])
 
     def all_reduce_s(self, size_bytes):
         assert size_bytes == 4 * 10
@@ -189,11 +190,11 @@ def fake_share(monkeypatch):
             self.step, self.sizes = Step(), [500, 520, 480]
             self.trips = [[4, 5], [5, 5], [4, 4]]
 
-        run = accumulate = staticmethod(lambda draw: None)
+        run = accumulate = staticmethod(lambda draw, wait=False: None)
         in_parts = staticmethod(lambda draw: ([1.0], 2.0))
 
     monkeypatch.setattr(worker, "Share", Share)
-    monkeypatch.setattr(worker, "timed", lambda function, draw: 0.1 * (1 + draw % 3))
+    monkeypatch.setattr(worker, "timed", lambda function, draw=0: 0.1 * (1 + draw % 3))
 
 
 def test_a_step_takes_as_long_as_on_the_slowest_rank(monkeypatch):
