@@ -2,8 +2,8 @@
 What is measured: a case is one method on one model at one size; a profile is a list of cases.
 
 ``smoke`` ⊂ ``quick`` ⊂ ``full``, by identical case ids. ``full-torch`` holds the larger comparisons
-of torch's methods at L = 8P, and at L = P and 64P, ``full-jax`` those of JAX's with torch's two most
-wanted rows beside them; ``gpu-torch`` and ``gpu-jax`` those of one large GPU. All are long:
+of torch's methods at L = 8P, and at L = P and 64P, ``full-jax`` those of JAX's, with two of torch's
+rows beside them; ``gpu-torch`` and ``gpu-jax`` those of one large GPU. All are long:
 ``--resume`` measures them in parts.
 """
 
@@ -204,8 +204,8 @@ PROFILES: dict[str, tuple[Block, ...]] = {
     # `--resume --precision fp32 -k "p256 and eager"`, `… -k "p256 and compiled"`, `… -k p64`,
     # `--resume --precision tf32`, `--resume --precision bf16`; `--resume` alone gives the whole.
     "gpu-torch": (_gpu(64), _gpu(256)),
-    # Compiling takes about a minute for each case. In parts of 8 minutes: `--resume --precision fp32
-    # -k p256`, `… -k p64`, the same with tf32 and bf16; `--resume` alone gives the whole.
+    # Compiling takes a minute or more for each case. In parts of 8 minutes: `--resume --precision
+    # fp32 -k p256`, `… -k p64`, the same with tf32 and bf16; `--resume` alone gives the whole.
     "gpu-jax": (_gpu_jax(64), _gpu_jax(256)),
 }
 

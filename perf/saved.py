@@ -51,6 +51,11 @@ def steps(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in run["rows"] if row.get("kind", "step") == "step"]
 
 
+def is_sgd(row: dict[str, Any]) -> bool:
+    """Whether the row is of a method without privacy."""
+    return row["method"].endswith(("-sgd", "-sgd-tuned"))
+
+
 def best_sgd(rows: Iterable[dict[str, Any]]) -> None:
     """
     Set ``vs_best_sgd``: against that framework's fastest SGD, any mode, same precision.
@@ -76,7 +81,7 @@ def best_sgd(rows: Iterable[dict[str, Any]]) -> None:
 
     fastest: dict[tuple, float] = {}
     for row in rows:
-        if row["method"].endswith(("-sgd", "-sgd-tuned")):
+        if is_sgd(row):
             paired = "slowdown" in row and baseline_rate(row)
             rate = paired / row["slowdown"] if paired else row["examples_per_s"]
             fastest[group(row)] = max(fastest.get(group(row), 0), rate)

@@ -115,6 +115,34 @@ def calls(run: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def across(run: dict[str, Any]) -> list[str]:
+    """
+    JAX over PyTorch in real examples a second, the fastest SGD and private row of each.
+
+    The frameworks are measured one after the other: these ratios are not paired.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in saved.steps(run):
+        if row["status"] == "ok":
+            names = ("model", "precision", "physical_batch", "expected_batch")
+            groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    lines = []
+    for (model, precision, physical, expected), rows in groups.items():
+        best: dict[tuple, dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: row["examples_per_s"]):
+            best[row["framework"], saved.is_sgd(row)] = row
+        parts = []
+        for sgd, what in ((True, "SGD"), (False, "private")):
+            one, two = (best.get((framework, sgd)) for framework in ("jax", "torch"))
+            if one and two:
+                ratio = one["examples_per_s"] / two["examples_per_s"]
+                parts.append(f"{what} {ratio:.2f} ({one['method']} / {two['method']})")
+        if parts:
+            size = f"{model} · {precision} · P={physical} · L={expected}"
+            lines.append(f"JAX / PyTorch, real ex/s, {size}: {', '.join(parts)}")
+    return lines
+
+
 PADDING_HEADERS = ("way", "compiles", "padding", "real ex/s", "with compiling")
 
 
@@ -160,6 +188,8 @@ def markdown(run: dict[str, Any]) -> str:
     found, notes = sections(run)
     parts = [_title(run)]
     parts += [f"**{title}**\n\n{table(HEADERS, rows)}" for title, rows in found]
+    if lines := across(run):
+        parts.append("  \n".join(lines))
     if rows := calls(run):
         parts.append(f"**{CALLS}**\n\n{table(CALL_HEADERS, rows)}")
     title, rows = padding(run)
@@ -190,6 +220,8 @@ def show(run: dict[str, Any], file=None) -> None:
     found, notes = sections(run)
     for title, rows in found:
         table(title, HEADERS, rows)
+    for line in across(run):
+        console.print(line, markup=False)
     if rows := calls(run):
         table(CALLS, CALL_HEADERS, rows)
     title, rows = padding(run)

@@ -306,6 +306,18 @@ def test_a_profile_takes_what_is_registered(monkeypatch):
         cases("full-torch", methods_wanted=["jax-masked"])
 
 
+def test_full_jax_has_two_rows_of_torch_for_each_model():
+    found = cases("full-jax")
+    for model in {case.model for case in found}:
+        rows = [case for case in found if case.model == model]
+        torch = [case.method for case in rows if case.row.framework == "torch"]
+        assert torch == ["torch-sgd", "torch-bookkeeping"]
+        assert {"jax-sgd", "jax-sgd-tuned", "jax-bookkeeping"} < {case.method for case in rows}
+    assert {case.expected_batch / case.physical_batch for case in found} == {8}
+    assert all(case.rounds >= compare.MINIMUM_ROUNDS for case in found)
+    assert {case.precision for case in cases("gpu-jax")} == {"fp32", "tf32", "bf16"}
+
+
 def test_selection_errors():
     with pytest.raises(ValueError, match="smoke, quick, full, full-torch, full-jax, gpu"):
         cases("fast")
@@ -433,6 +445,31 @@ def test_merge_finds_the_best_sgd_of_any_mode():
     merged = saved.merge([eager, copy.deepcopy(compiled)])
     assert merged["machine_info"]["fingerprint"] == "a+b"
     assert [row["vs_best_sgd"] for row in merged["rows"]] == pytest.approx([2, 6, 1, 3])
+
+
+def test_the_table_compares_the_frameworks_fastest_rows():
+    run = canned({"torch-vmap": 3.0, "torch-bookkeeping": 1.25})
+    assert table.across(run) == []
+    for row in copy.deepcopy(run["rows"]):
+        method = row["method"].replace("torch-vmap", "jax-masked").replace("torch", "jax")
+        row |= {"method": method, "framework": "jax", "baseline": "jax-sgd"}
+        run["rows"].append(row | {"examples_per_s": row["examples_per_s"] / 2})
+    (line,) = table.across(run)
+    assert "SGD 0.50 (jax-sgd / torch-sgd)" in line
+    assert "private 0.50 (jax-bookkeeping / torch-bookkeeping)" in line
+    assert line in table.markdown(run)
+
+
+def test_the_table_shows_what_padding_costs(capsys):
+    run, row = canned(), {"kind": "padding", "case": "p", "schema": 1, "size": "digits-cnn P=16"}
+    row |= {"method": "multiple", "compiles": 5, "padding_fraction": 0.125, "status": "ok"}
+    row |= {"examples_per_s": 12_345, "examples_per_s_with_compiles": 67.8, "call_s": 1.0}
+    run["rows"] += [row, {**row, "method": "dynamic", "status": "oom", "reason": "too large"}]
+    table.show(run)
+    assert "| multiple | 5 | 12% | 12,345 | 67.8 |" in table.markdown(run)
+    assert "| dynamic | oom" in table.markdown(run)
+    assert "12,345" in capsys.readouterr().out
+    assert table.calls(run) == []
 
 
 def test_the_table_names_every_row_and_reason(capsys):
