@@ -1,5 +1,5 @@
 """
-BERT (arXiv:1810.04805), RoBERTa and DistilBERT as classifiers, as Hugging Face transformers has them.
+Hugging Face's BERT (arXiv:1810.04805), RoBERTa and DistilBERT as classifiers of sequences.
 
 ``input_ids`` and ``attention_mask`` are integers [P, T], the mask 0 at padding; the class is told
 from the first token. There is no dropout.

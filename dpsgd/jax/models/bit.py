@@ -1,5 +1,5 @@
 """
-BiT (arXiv:1912.11370), as Hugging Face transformers has it: pre-activation ResNet v2 with GroupNorm.
+Hugging Face's BiT (arXiv:1912.11370): a pre-activation ResNet v2 with GroupNorm.
 
 Every convolution standardises its kernel; padding is symmetric, and zeros before the max pool.
 """
