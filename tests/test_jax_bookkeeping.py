@@ -243,9 +243,22 @@ class Stack(nnx.Module):
         return self.last(scan(x, self.shared, self.blocks))
 
 
+class Positions(nnx.Module):
+    """Layers that see no input: a table of positions, and a linear layer of a constant."""
+
+    def __init__(self, rngs):
+        self.table, self.linear = nnx.Embed(5, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+        self.last = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        constant = self.linear(jnp.ones((1, 1, 6)))
+        return self.last(jnp.tanh(x + self.table(jnp.arange(x.shape[1])[None]) + constant))
+
+
 MODELS = {  # (model, input shape, what rules take)
     "bare": (Bare, (3, 6), {"linear"}),
     "twice": (Twice, (2, 6), {"last"}),
+    "positions": (Positions, (3, 6), {"table", "linear", "last"}),
     "tied": (Tied, (5,), {"embed", "embed.attend", "linear"}),
     "odd": (Odd, (2, 6), {"last"}),
     "attention": (
