@@ -11,6 +11,7 @@ over channels p. Where δ is not built, Σδ = Σ_t g_t·Σ_k a_tk of the unfold
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,8 @@ class StandardizedConv(Conv):
 
     def __init__(self, module: nnx.Conv, trained: list[str]) -> None:
         super().__init__(module, trained)
-        self.moments = module.conv_general_dilated.moments
+        function: Any = module.conv_general_dilated
+        self.moments = function.moments
         self.size = math.prod(self.shape[:-1])
 
     @classmethod

@@ -71,7 +71,7 @@ def _frozen(spec: ModelSpec) -> nnx.Module:
     modules = dict(nnx.iter_graph(model))
     for (*parents, leaf), variable in nnx.to_flat_state(nnx.state(model)):
         if not spec.trains(".".join(map(str, parents))):
-            setattr(modules[tuple(parents)], leaf, Frozen(variable[...]))
+            setattr(modules[tuple(parents)], str(leaf), Frozen(variable[...]))
     return model
 
 

@@ -14,10 +14,10 @@ from dpsgd.models import ModelSpec
 
 def _attention(heads: int, q, k, v, mask):
     """Softmax attention of [P, T, d] by heads, to the keys that ``mask`` [P, T] lets in."""
-    split = (*q.shape[:2], heads, q.shape[2] // heads)
-    parts = (a.reshape(split) for a in (q, k, v))
+    q, k, v = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k, v))
     seen = None if mask is None else (mask != 0)[:, None, None]
-    return jax.nn.dot_product_attention(*parts, mask=seen).reshape(q.shape)
+    found = jax.nn.dot_product_attention(q, k, v, mask=seen)
+    return found.reshape(*found.shape[:2], -1)
 
 
 def _gelu(x):
