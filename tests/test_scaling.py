@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from perf.scaling.laws import law
 from perf.scaling.model import Load, Method, Range, Values, all_reduce_s, efficiency, step
 from perf.scaling.trips import trips
 
+ROOT = Path(__file__).parent.parent
 LOAD = Load(expected_batch=25_000, num_examples=50_000, parameters=86_600_000)
 VALUES = Values(batch_s=0.3, alpha_s=1e-5, bytes_per_s=2e10, optimizer_s=0.003, fix_s=0.01)
 SGD = Method(name="sgd", physical_batch=32)
@@ -355,6 +357,13 @@ def test_the_command_draws_and_writes(tmp_path, capsys):
     assert str(stem.with_suffix(".svg")) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("grows", ["q", "N"])
+def test_weak_scaling_of_ranks_that_draw_their_own(grows, tmp_path):
+    args = ["--scaling", "weak", "--grows", grows, "--placement", "shard"]
+    assert command.main([*args, "--machine", "a100", "--out", str(tmp_path / "w")]) == 0
+    assert (tmp_path / "w.png").exists()
+
+
 def test_given_ranges_are_named_as_such(tmp_path):
     args = ["--bytes-per-s", "1e9", "1e9", "1e9", "--out", str(tmp_path / "a")]
     page = tmp_path / "page.md"
@@ -384,7 +393,7 @@ def test_a_measured_run_is_fitted_and_drawn(tmp_path, capsys):
 
 
 def test_the_page_is_what_the_command_writes():
-    page = (saved.FOLDER.parent / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "scaling.md").read_text()
     found = page.partition(command.MARK)[2].partition(command.END)[0]
     head = report.inputs(inputs.MACHINES["v100"])
     assert head in found
