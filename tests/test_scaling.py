@@ -136,8 +136,8 @@ def test_limits():
         free = replace(VALUES, bytes_per_s=np.inf, alpha_s=0.0)
         assert step(LOAD, method, 80, free).comm_s == 0
         assert efficiency(LOAD, method, 1, VALUES) == 1
-        times = [step(LOAD, method, w, VALUES).comm_s for w in (1, 2, 4, 8)]
-        assert times == sorted(times)
+    rings = [all_reduce_s(world, 1e9, 1e-5, 1e10) for world in (1, 2, 4, 8, 80)]
+    assert rings == sorted(rings)
     for placement, world in itertools.product(("round-robin", "shard"), (1, 2, 7, 80)):
         load = replace(LOAD, placement=placement)
         once, every = (step(load, m, world, VALUES) for m in (SGD, EVERY))
@@ -304,10 +304,14 @@ def test_laws_recover_their_coefficients(usl):
     assert (exact.one, exact.sigma) == pytest.approx((100, sigma), rel=1e-6)
     assert exact.kappa == pytest.approx(kappa, rel=1e-6)
     assert exact.examples_per_s(32) == pytest.approx(rates[-1])
-    noisy = law(worlds, rates * np.random.default_rng(0).lognormal(0, 0.02, 54), usl=usl)
-    assert noisy.intervals is not None
-    assert noisy.intervals[0][0] < sigma < noisy.intervals[0][1]
-    assert noisy.intervals[1][0] <= kappa <= noisy.intervals[1][1]
+    covered = 0
+    for seed in range(100):
+        noise = np.random.default_rng(seed).lognormal(0, 0.02, len(worlds))
+        noisy = law(worlds, rates * noise, usl=usl)
+        assert noisy.sigma == pytest.approx(sigma, rel=0.3)
+        assert noisy.intervals is not None
+        covered += noisy.intervals[0][0] <= sigma <= noisy.intervals[0][1]
+    assert covered >= 88  # of 95 expected; fewer has p = 0.0015
     with pytest.raises(ValueError, match="different"):
         law([1, 1], [1.0, 1.0], usl=usl)
 
