@@ -49,7 +49,7 @@ def test_expected_trips_against_monte_carlo(world, physical):
     for placement, counts in (("shard", own), ("round-robin", dealt)):
         found = trips(examples, rate, world, physical, placement)
         for value, sample in ((found.mean, counts.mean(1)), (found.slowest, counts.max(1))):
-            error = 5 * sample.std() / np.sqrt(draws) + 1e-9
+            error = 5 * sample.std() / np.sqrt(draws) + 5 / draws  # rare draws may all be missing
             assert value == pytest.approx(sample.mean(), abs=error)
 
 
