@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from perf.scaling.laws import law
 from perf.scaling.model import Load, Method, Range, Values, all_reduce_s, efficiency, step
 from perf.scaling.trips import trips
 
+ROOT = Path(__file__).parent.parent
 LOAD = Load(expected_batch=25_000, num_examples=50_000, parameters=86_600_000)
 VALUES = Values(batch_s=0.3, alpha_s=1e-5, bytes_per_s=2e10, optimizer_s=0.003, fix_s=0.01)
 SGD = Method(name="sgd", physical_batch=32)
@@ -47,7 +49,7 @@ def test_expected_trips_against_monte_carlo(world, physical):
     for placement, counts in (("shard", own), ("round-robin", dealt)):
         found = trips(examples, rate, world, physical, placement)
         for value, sample in ((found.mean, counts.mean(1)), (found.slowest, counts.max(1))):
-            error = 5 * sample.std() / np.sqrt(draws) + 1e-9
+            error = 5 * sample.std() / np.sqrt(draws) + 5 / draws  # rare draws may all be missing
             assert value == pytest.approx(sample.mean(), abs=error)
 
 
@@ -134,8 +136,8 @@ def test_limits():
         free = replace(VALUES, bytes_per_s=np.inf, alpha_s=0.0)
         assert step(LOAD, method, 80, free).comm_s == 0
         assert efficiency(LOAD, method, 1, VALUES) == 1
-        times = [step(LOAD, method, w, VALUES).comm_s for w in (1, 2, 4, 8)]
-        assert times == sorted(times)
+    rings = [all_reduce_s(world, 1e9, 1e-5, 1e10) for world in (1, 2, 4, 8, 80)]
+    assert rings == sorted(rings)
     for placement, world in itertools.product(("round-robin", "shard"), (1, 2, 7, 80)):
         load = replace(LOAD, placement=placement)
         once, every = (step(load, m, world, VALUES) for m in (SGD, EVERY))
@@ -302,10 +304,14 @@ def test_laws_recover_their_coefficients(usl):
     assert (exact.one, exact.sigma) == pytest.approx((100, sigma), rel=1e-6)
     assert exact.kappa == pytest.approx(kappa, rel=1e-6)
     assert exact.examples_per_s(32) == pytest.approx(rates[-1])
-    noisy = law(worlds, rates * np.random.default_rng(0).lognormal(0, 0.02, 54), usl=usl)
-    assert noisy.intervals is not None
-    assert noisy.intervals[0][0] < sigma < noisy.intervals[0][1]
-    assert noisy.intervals[1][0] <= kappa <= noisy.intervals[1][1]
+    covered = 0
+    for seed in range(100):
+        noise = np.random.default_rng(seed).lognormal(0, 0.02, len(worlds))
+        noisy = law(worlds, rates * noise, usl=usl)
+        assert noisy.sigma == pytest.approx(sigma, rel=0.3)
+        assert noisy.intervals is not None
+        covered += noisy.intervals[0][0] <= sigma <= noisy.intervals[0][1]
+    assert covered >= 88  # of 95 expected; fewer has p = 0.0015
     with pytest.raises(ValueError, match="different"):
         law([1, 1], [1.0, 1.0], usl=usl)
 
@@ -355,6 +361,13 @@ def test_the_command_draws_and_writes(tmp_path, capsys):
     assert str(stem.with_suffix(".svg")) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("grows", ["q", "N"])
+def test_weak_scaling_of_ranks_that_draw_their_own(grows, tmp_path):
+    args = ["--scaling", "weak", "--grows", grows, "--placement", "shard"]
+    assert command.main([*args, "--machine", "a100", "--out", str(tmp_path / "w")]) == 0
+    assert (tmp_path / "w.png").exists()
+
+
 def test_given_ranges_are_named_as_such(tmp_path):
     args = ["--bytes-per-s", "1e9", "1e9", "1e9", "--out", str(tmp_path / "a")]
     page = tmp_path / "page.md"
@@ -384,7 +397,7 @@ def test_a_measured_run_is_fitted_and_drawn(tmp_path, capsys):
 
 
 def test_the_page_is_what_the_command_writes():
-    page = (saved.FOLDER.parent / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "scaling.md").read_text()
     found = page.partition(command.MARK)[2].partition(command.END)[0]
     head = report.inputs(inputs.MACHINES["v100"])
     assert head in found

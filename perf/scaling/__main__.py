@@ -23,7 +23,8 @@ from perf.scaling.inputs import (
     measured_slowdowns,
 )
 from perf.scaling.measured import describe, groups
-from perf.scaling.model import Machine, Range
+from perf.scaling.model import SCALINGS, Machine, Range
+from perf.scaling.trips import PLACEMENTS
 
 MARK, END = "<!-- scaling -->\n", "<!-- end -->"
 RANGES = ("examples_per_s", "alpha_s", "bytes_per_s", "fix_s")
@@ -53,8 +54,18 @@ def _machine(args: argparse.Namespace) -> Machine:
 def _predict(args: argparse.Namespace) -> None:
     machine = _machine(args)
     methods = (SGD_EVERY, SGD_ONCE, HOOKS, BOOKKEEPING)
-    series = figure.predicted(LOAD, methods, machine, report.worlds())
-    title = f"ViT-B/16 on {machine.name}, L = 25,000: predicted, not measured"
+    load = replace(LOAD, placement=args.placement, scaling=args.scaling, grows=args.grows)
+    size = "L = 25,000"
+    if args.scaling == "weak":
+        load = replace(
+            load,
+            expected_batch=LOAD.expected_batch / report.WORLD,
+            num_examples=LOAD.num_examples // (report.WORLD if args.grows == "N" else 1),
+        )
+        size = f"L = 25,000 at W = {report.WORLD} and in proportion"
+    last = 2 * report.WORLD if args.grows == "q" else 256  # L = N there
+    series = figure.predicted(load, methods, machine, report.worlds(last))
+    title = f"ViT-B/16 on {machine.name}, {args.placement}, {size}: predicted, not measured"
     note = "bands: all corners of the inputs' ranges. no point here was measured\n"
     note += "teeth: the last physical batch of a rank is padded to P"
     for path in figure.draw(series, title, note, args.out or Path("docs/scaling")):
@@ -73,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="of the figure, without suffix")
     parser.add_argument("--write", type=Path, help=f"between {MARK.strip()} and {END} of this file")
     parser.add_argument("--machine", default="v100", choices=sorted(MACHINES))
+    parser.add_argument("--placement", default=PLACEMENTS[0], choices=PLACEMENTS, help="of draws")
+    parser.add_argument("--scaling", default=SCALINGS[0], choices=SCALINGS)
+    parser.add_argument("--grows", default="N", choices=("q", "N"), help="with W, if weak")
     for name in RANGES:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=float, nargs=3, metavar=("LOW", "LIKELY", "HIGH")

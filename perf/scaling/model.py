@@ -273,20 +273,25 @@ def band(values: Number) -> Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A line and its band: examples a second and efficiency at each world size."""
+    """A line and its band at each world size: examples a second, efficiency, shares of T."""
 
     method: Method
     worlds: Sequence[int]
     examples_per_s: Sequence[Range]
     efficiency: Sequence[Range]
+    comm_share: Sequence[Range]
+    straggler_share: Sequence[Range]
 
 
 def predict(load: Load, method: Method, machine: Machine, worlds: Sequence[int]) -> Prediction:
     """The band of a method over world sizes."""
     values = corners(machine, method, load)
+    found = [step(load, method, w, values) for w in worlds]
     return Prediction(
         method=method,
         worlds=worlds,
-        examples_per_s=[band(step(load, method, w, values).examples_per_s) for w in worlds],
+        examples_per_s=[band(one.examples_per_s) for one in found],
         efficiency=[band(efficiency(load, method, w, values)) for w in worlds],
+        comm_share=[band(one.comm_share) for one in found],
+        straggler_share=[band(one.straggler_share) for one in found],
     )

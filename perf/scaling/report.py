@@ -101,19 +101,25 @@ def at_world(load: Load, machine: Machine, methods: Sequence[Method], world: int
 
 
 def over_worlds(load: Load, machine: Machine) -> str:
-    """Efficiency in strong and weak scaling."""
+    """Efficiency in strong and weak scaling, then shares of T in strong scaling."""
     methods = (SGD_EVERY, SGD_ONCE, HOOKS, BOOKKEEPING)
     alone = load.expected_batch / WORLD
     weak = replace(
         load, scaling="weak", expected_batch=alone, num_examples=load.num_examples // WORLD
     )
     rows = []
-    for name, kind in (("strong", load), ("weak", weak)):
-        lines = [predict(kind, m, machine, WORLDS).efficiency for m in methods]
+    shard = replace(load, placement="shard")
+    for name, kind, field in (
+        ("strong: efficiency", load, "efficiency"),
+        ("weak: efficiency", weak, "efficiency"),
+        ("strong: communication", load, "comm_share"),
+        ("strong, shard: waiting", shard, "straggler_share"),
+    ):
+        lines = [getattr(predict(kind, m, machine, WORLDS), field) for m in methods]
         for n, world in enumerate(WORLDS):
             total = kind.at(world)[0]
             rows.append([name, f"{world}", f"{total:,.0f}", *(percent(line[n]) for line in lines)])
-    return table(("scaling", "W", "L", *(m.name for m in methods)), rows)
+    return table(("scaling: figure", "W", "L", *(m.name for m in methods)), rows)
 
 
 def stragglers(load: Load, machine: Machine) -> str:
@@ -255,7 +261,7 @@ def markdown(
         f"**The three checks, at W={WORLD}**",
         checks(load, machine),
         at_world(load, machine, [*METHODS, *extra]),
-        "**Strong and weak scaling: efficiency**",
+        "**Strong and weak scaling**",
         over_worlds(load, machine),
         "**The slowest rank**",
         stragglers(load, machine),
