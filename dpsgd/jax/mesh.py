@@ -353,9 +353,9 @@ def place_of(
     **options: str,
 ) -> OneDevice | ManyDevices:
     """Where a step runs whose model is on ``device``; ``ranks`` and ``devices`` None: there."""
-    if ranks is None and devices is None:
-        devices = [device]
-    elif devices is None:
+    if ranks is None and devices is None and model_shards == 1:
+        return OneDevice(device)
+    if devices is None:
         devices = jax.devices(device.platform)
     if model_shards > 1:
         from dpsgd.jax.sharded import ShardedDevices
