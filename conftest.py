@@ -4,7 +4,8 @@
 def pytest_addoption(parser):
     """Options of `python -m pytest perf`, and of the perf sessions of nox after `--`."""
     group = parser.getgroup("perf", "DP-SGD benchmarks")
-    group.addoption("--profile", default=None, help="smoke, quick (default), full, full-torch, gpu")
+    names = "smoke, quick (default), full, full-torch, full-jax, gpu, gpu-torch, gpu-jax"
+    group.addoption("--profile", default=None, help=names)
     group.addoption("--methods", default=None, help="comma-separated; default: all registered")
     group.addoption(
         "--models", default=None, help="comma-separated, overrides too: vit-b16-4blocks"

@@ -1,5 +1,6 @@
 """Sessions: `nox -l` lists them. Each makes its environment; `nox --no-venv` uses a ready one."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -32,6 +33,14 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install("-e", f".[{','.join(extras)}]", *pins, silent=True)
 
 
+def gpus() -> int:
+    """How many GPUs nvidia-smi lists."""
+    if not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)
+    return 0 if listed.returncode else len(listed.stdout.splitlines())
+
+
 @nox.session
 def perf_cpu(session: nox.Session) -> None:
     """Measure every method on the CPU: one table, one saved run. `-- --profile full -k ghost`."""
@@ -49,10 +58,7 @@ def perf_gpu(session: nox.Session, framework: str) -> None:
     `python -m pytest perf --device=cuda --profile=gpu-torch --resume --precision=tf32`, then the
     other parts that perf/profiles.py lists, then `--resume` alone for the table of all.
     """
-    listed = shutil.which("nvidia-smi") and subprocess.run(
-        ["nvidia-smi", "-L"], capture_output=True, check=False
-    )
-    if not listed or listed.returncode or not listed.stdout.strip():
+    if not gpus():
         session.error("no CUDA device: nvidia-smi lists none here. On a CPU: nox -s perf_cpu")
     install(session, framework, f"peers-{framework}", "perf")
     if framework == "torch":
@@ -65,6 +71,29 @@ def perf_gpu(session: nox.Session, framework: str) -> None:
         parts = [str(p) for p in sorted(PARTS.glob("*.json"), reverse=True)]
         baseline = [o for o in session.posargs if o == "--save-baseline"]
         session.run("python", "-m", "perf.runner", *baseline, *parts)
+
+
+@nox.session
+@nox.parametrize("framework", ["torch", "jax"])
+def perf_multi_gpu(session: nox.Session, framework: str) -> None:
+    """Measure scaling over the GPUs of this host; or `-- --devices cpu --ranks 1,2` as a check."""
+    options = session.posargs
+    on_cpu = "--devices=cpu" in options or ("--devices", "cpu") in itertools.pairwise(options)
+    if not on_cpu and gpus() < 2:
+        session.error(
+            f"{gpus()} GPUs here, and scaling needs two. One GPU: nox -s perf_gpu; a CPU: nox -s "
+            "perf_cpu; the code of this session on CPU ranks: nox -s perf_multi_gpu -- "
+            "--devices cpu --ranks 1,2; a cluster: python -m perf.cluster --help"
+        )
+    install(session, framework, f"peers-{framework}", "perf")
+    if framework == "torch":
+        shutil.rmtree(PARTS, ignore_errors=True)
+    run = ["python", "-m", "perf.multi"]
+    part = ["--framework", framework, "--part", f"{PARTS}/{framework}.json"]
+    session.run(*run, *part, *options, success_codes=[0, 5])  # 5: no method of this framework
+    if framework == "jax":
+        parts = [str(p) for p in sorted(PARTS.glob("*.json"), reverse=True)]
+        session.run(*run, "--merge", *parts)
 
 
 @nox.session

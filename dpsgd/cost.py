@@ -24,7 +24,12 @@ BALANCE = {"cpu": 10.0, "cuda": 15.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """``examples`` P, ``positions`` T, ``inputs`` d and ``outputs`` p of each of ``groups``."""
+    """
+    ``examples`` P, ``positions`` T, ``inputs`` d and ``outputs`` p of each of ``groups``.
+
+    An image whose patches overlap holds fewer numbers than T·d: ``stored``. And XXᵀ of them takes
+    fewer than 2T²d FLOPs: 2T²·``gram_inputs``.
+    """
 
     name: str
     kind: str
@@ -34,6 +39,8 @@ class Layer:
     outputs: int
     groups: int = 1
     itemsize: int = 4
+    stored: int | None = None
+    gram_inputs: int | None = None
     ways: tuple[str, ...] = WAYS
     norms_only: bool = False  # a second backward pass makes the sum: nothing is held
 
@@ -43,24 +50,29 @@ class Layer:
         product = 2 * size * self.positions * self.inputs * self.outputs
         if way in ("keep", "together"):
             return product + 4 * size * self.inputs * self.outputs
-        gram = 2 * size * self.positions**2 * (self.inputs + self.outputs)
+        pairs = self.inputs if self.gram_inputs is None else self.gram_inputs
+        gram = 2 * size * self.positions**2 * (pairs + self.outputs)
         return product + (product if way == "rebuild" else gram)
+
+    @property
+    def _pair(self) -> int:
+        # Numbers of the input and the output gradient of one example and group.
+        stored = self.positions * self.inputs if self.stored is None else self.stored
+        return stored + self.positions * self.outputs
 
     def held(self, way: str) -> int:
         """Bytes that stay until the clip factors are known."""
         if self.norms_only and way in ("gram", "rebuild"):
             return 0
-        if way in ("keep", "together"):
-            numbers = self.inputs * self.outputs
-        else:
-            numbers = self.positions * (self.inputs + self.outputs)
+        kept = way in ("keep", "together")
+        numbers = self.inputs * self.outputs if kept else self._pair
         return self.examples * self.groups * numbers * self.itemsize
 
     def moved(self, way: str) -> int:
         """Bytes to and from memory: what is held is written once and read twice."""
         size = self.examples * self.groups * self.itemsize
         gradients = size * self.inputs * self.outputs
-        pair = size * self.positions * (self.inputs + self.outputs)
+        pair = size * self._pair
         if way == "rebuild":
             return 2 * gradients + 2 * pair
         return 3 * gradients if way in ("keep", "together") else 2 * pair

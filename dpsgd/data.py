@@ -137,6 +137,11 @@ def load(
     return dataset
 
 
+def _dataset(train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray], **facts) -> Dataset:
+    names = ("train_inputs", "train_targets", "test_inputs", "test_targets")
+    return Dataset(**dict(zip(names, (*train, *test), strict=True)), **facts)
+
+
 def _digits(spec: ModelSpec) -> Dataset:
     from sklearn.datasets import load_digits
 
@@ -145,12 +150,10 @@ def _digits(spec: ModelSpec) -> Dataset:
     targets = found.target.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(targets))
     train, test = order[:1437], order[1437:]
-    return Dataset(
+    return _dataset(
+        (images[train], targets[train]),
+        (images[test], targets[test]),
         name="digits",
-        train_inputs=images[train],
-        train_targets=targets[train],
-        test_inputs=images[test],
-        test_targets=targets[test],
         num_classes=10,
         shape=spec.input_shape,
         scale=16.0,
@@ -169,13 +172,10 @@ def _synthetic(spec: ModelSpec, seed: int) -> Dataset:
         targets = rng.integers(0, spec.num_classes, count)
         return patterns[targets] + rng.standard_normal((count, *shape), np.float32), targets
 
-    (train_inputs, train_targets), (test_inputs, test_targets) = sample(2000), sample(500)
-    return Dataset(
+    return _dataset(
+        sample(2000),
+        sample(500),
         name="synthetic",
-        train_inputs=train_inputs,
-        train_targets=train_targets,
-        test_inputs=test_inputs,
-        test_targets=test_targets,
         num_classes=spec.num_classes,
         shape=spec.input_shape,
         mean=(0.0,) * spec.channels,
@@ -185,15 +185,10 @@ def _synthetic(spec: ModelSpec, seed: int) -> Dataset:
 
 def _synthetic_text(spec: ModelSpec, seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
-    (train_inputs, train_targets), (test_inputs, test_targets) = (
-        labelled_text(spec, count, rng) for count in (2000, 500)
-    )
-    return Dataset(
+    return _dataset(
+        labelled_text(spec, 2000, rng),
+        labelled_text(spec, 500, rng),
         name="synthetic",
-        train_inputs=train_inputs,
-        train_targets=train_targets,
-        test_inputs=test_inputs,
-        test_targets=test_targets,
         num_classes=spec.num_classes,
         shape=spec.input_shape,
     )
@@ -204,13 +199,10 @@ def _cifar100(spec: ModelSpec, data_dir: str | Path | None) -> Dataset:
         raise FileNotFoundError(f"cifar100 needs a data folder (--data-dir): {_LAYOUT}")
     train, test = _cifar100_files(Path(data_dir))
     read = _read_binary if train.suffix else _read_python
-    (train_inputs, train_targets), (test_inputs, test_targets) = read(train), read(test)
-    return Dataset(
+    return _dataset(
+        read(train),
+        read(test),
         name="cifar100",
-        train_inputs=train_inputs,
-        train_targets=train_targets,
-        test_inputs=test_inputs,
-        test_targets=test_targets,
         num_classes=100,
         shape=spec.input_shape,
         scale=255.0,

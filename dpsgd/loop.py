@@ -74,7 +74,7 @@ def run(
         ) as bar:
             task = bar.add_task("", total=config.steps, completed=first)
             for number, logical in enumerate(draws, first + 1):
-                _accumulate(step, logical, number, dataset, config, report)
+                _accumulate(step, logical, number, dataset, config, ranks, report)
                 begun = number  # before the update: interrupted in it, the sum may be out already
                 if folder:
                     folder.begin(number)
@@ -91,9 +91,10 @@ def run(
     return time.perf_counter() - start, folder.charged if folder else begun
 
 
-def _accumulate(step, logical, number, dataset, config, report) -> None:
+def _accumulate(step, logical, number, dataset, config, ranks, report) -> None:
     if report:
-        report(f"step {number}: B = {logical.size}")
+        whose = " on rank 0" if ranks.world > 1 else ""
+        report(f"step {number}: B = {logical.size}{whose}")
     devices = getattr(step, "shards", 1)  # that this process drives, each with a share
     if devices > 1:
         logical = side_by_side([logical.share(d, devices) for d in range(devices)])

@@ -176,7 +176,7 @@ METHODS: dict[str, Method] = {
             name="jax-sgd-tuned",
             target="dpsgd.jax.methods.sgd_tuned:SGDTuned",
             private=False,
-            baseline="jax-sgd-tuned",
+            baseline="jax-sgd",
             source="non-private, weight gradients as products of a chosen layout",
         ),
         Method(

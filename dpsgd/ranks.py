@@ -8,11 +8,12 @@ gradients; ``update`` adds all sums in one collective. The same buffer carries, 
 
 import contextlib
 import hashlib
+import importlib
 import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +109,26 @@ class Ranks:
         if self.store is not None and self.rank == 0:
             self.store.delete("sampling key/0")
         return int(key, 16)
+
+
+@contextlib.contextmanager
+def joined(framework: str, device: str | None = None) -> Iterator[Ranks]:
+    """
+    The ranks of this launch, while it lasts; what ends one of them early is told to the others.
+
+    ``dpsgd.<framework>.distributed`` has ``connect(device=)`` and ``disconnect(ranks, error)``.
+    """
+    if Ranks.from_env().world == 1:
+        yield Ranks()
+        return
+    distributed = importlib.import_module(f"dpsgd.{framework}.distributed")
+    ranks = distributed.connect(device=device)
+    try:
+        yield ranks
+    except BaseException as error:
+        distributed.disconnect(ranks, error)
+        raise
+    distributed.disconnect(ranks)
 
 
 def digest(*parts: Any) -> int:

@@ -7,13 +7,12 @@ a step takes is a side channel outside that statement.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from dpsgd.checkpoint import Folder, Keys, Resumable
 from dpsgd.loop import Interrupted
 from dpsgd.methods import METHODS, Method, Step
 from dpsgd.privacy import PrivacyConfig
-from dpsgd.ranks import Disagreement, Ranks
+from dpsgd.ranks import Disagreement, Ranks, joined
 from dpsgd.sampling import PLACEMENTS, check_arguments, rank_batches
 
 _RELATIONS = {"add_remove": "add/remove one", "replace_one": "replace one"}
@@ -153,8 +152,9 @@ def train(
     dataset = datasets.load(data, spec, data_dir=data_dir)
     num_examples = len(dataset.train_targets)
     check_arguments(num_examples, sample_rate, physical_batch_size, steps)
-    framework, place = _framework(row), _device(row, device)
-    with _joined(row, place) as ranks:
+    framework = _framework(row)
+    with joined(row.framework, device) as ranks:
+        place = _device(row, device)  # JAX must not look for devices before it has joined
         net = framework.build(
             spec.replace(num_classes=dataset.num_classes),
             seed=seed or 0,
@@ -228,22 +228,6 @@ def train(
             seconds=seconds,
             step=step,
         )
-
-
-@contextlib.contextmanager
-def _joined(row: Method, device: str | None) -> Iterator[Ranks]:
-    # The ranks of this launch; whatever ends one of them is told to the others.
-    if Ranks.from_env().world == 1:
-        yield Ranks()
-        return
-    distributed = importlib.import_module(f"dpsgd.{row.framework}.distributed")
-    ranks = distributed.connect(device=device)
-    try:
-        yield ranks
-    except BaseException as error:
-        distributed.disconnect(ranks, error)
-        raise
-    distributed.disconnect(ranks)
 
 
 def _devices(row: Method) -> bool:

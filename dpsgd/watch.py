@@ -55,6 +55,7 @@ class Watch:
         timeout_s: without a sign of life, or of progress while others wait, a rank is given up.
         first_timeout_s: the same for progress until the first update is through (compilation).
         leave: called with the sentence; it does not return.
+        clock: seconds.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Watch:
         timeout_s: float = 40.0,
         first_timeout_s: float = 600.0,
         leave: Callable[[str], None] = leave,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.rank, self.world, self.store, self._leave = rank, world, store, leave
+        self.rank, self.world, self.store = rank, world, store
+        self._leave, self._clock = leave, clock
         self.timeout_s, self.first_timeout_s = timeout_s, first_timeout_s
         self.interval_s = min(1.0, timeout_s / 10)
         self._state: dict[str, Any] = {
@@ -78,7 +81,7 @@ class Watch:
             "end": "",
         }
         self._since: float | None = None  # when this rank began to wait in a collective
-        self._last_round = time.monotonic()
+        self._last_round = clock()
         self._seen: dict[str, tuple[Any, float]] = {}
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -131,7 +134,7 @@ class Watch:
         """Around the collective of update ``step``, until its result is there."""
         self.progress()
         self._state["arrived"] = step
-        self._since = time.monotonic()
+        self._since = self._clock()
         try:
             yield
         except Exception:
@@ -155,33 +158,41 @@ class Watch:
         text = self.store.get(f"watch/{rank}")
         return None if text is None else json.loads(text)
 
+    def round(self) -> str | None:
+        """Tell, read and judge, once; what is wrong, if anything is."""
+        try:
+            self._tell()
+            found = self.verdict()
+            if not found and (found := self._judge(self._clock())):
+                self.store.set("watch/verdict", found)
+        except Exception as error:
+            return f"the store of the ranks is gone ({type(error).__name__}): so is its holder"
+        self._last_round = self._clock()
+        return found
+
+    def overdue(self) -> str | None:
+        """What is wrong, if the store itself does not answer any more."""
+        limit = self.timeout_s + 5 * self.interval_s
+        if self._clock() - self._last_round < limit:
+            return None
+        return (
+            f"the store of the ranks has not answered for {limit:.0f} s: the process that holds it "
+            "(rank 0 or the launcher) hangs, or the network is gone"
+        )
+
     def _rounds(self) -> None:
         while not self._stopped.wait(self.interval_s):
-            try:
-                self._tell()
-                found = self.verdict()
-                if not found and (found := self._judge(time.monotonic())):
-                    self.store.set("watch/verdict", found)
-            except Exception as error:
-                if self._stopped.is_set():
-                    return
-                found = f"the store of the ranks is gone ({type(error).__name__}): so is its holder"
-            if found:
+            found = self.round()
+            if found and not self._stopped.is_set():
                 if self.rank == 0:  # it may hold the store, and the others have yet to read
                     time.sleep(3 * self.interval_s)
                 return self._leave(f"rank {self.rank} of {self.world} ends: {found}")
-            self._last_round = time.monotonic()
         return None
 
     def _guard(self) -> None:
-        limit = self.timeout_s + 5 * self.interval_s
         while not self._stopped.wait(self.interval_s):
-            if time.monotonic() - self._last_round > limit:
-                return self._leave(
-                    f"rank {self.rank} of {self.world} ends: the store of the ranks has not "
-                    f"answered for {limit:.0f} s: the process that holds it (rank 0 or the "
-                    "launcher) hangs, or the network is gone"
-                )
+            if found := self.overdue():
+                return self._leave(f"rank {self.rank} of {self.world} ends: {found}")
         return None
 
     def _unchanged(self, what: str, value: Any, now: float) -> float:
@@ -195,7 +206,8 @@ class Watch:
         other = (self.rank + 1) % self.world
         state = self._read(other)
         silent_s = self._unchanged("beat", state and state["beat"], now)
-        step, waited_s = self._state["arrived"], now - (self._since or now)
+        since = self._since  # of the main thread
+        step, waited_s = self._state["arrived"], 0.0 if since is None else now - since
         if state is None:
             if silent_s < 3 * self.timeout_s:  # imports take their time
                 return None

@@ -144,9 +144,14 @@ def _jax_gradients(model, loss, inputs, targets):
         with jax.default_matmul_precision("highest"):
             return jax.grad(lambda p: loss(nnx.merge(graph, p, rest), x, y)[0])(params)
 
-    for x, y in zip(inputs, targets, strict=True):
-        x = x.transpose(1, 2, 0) if x.ndim == 3 else x
-        yield weights.dump(gradient(params, x[None], np.asarray(y, np.int32)[None]))
+    def placed(array):
+        if array.ndim == 4:
+            return array.transpose(0, 2, 3, 1)
+        return array.astype(np.int32) if array.dtype == np.int64 else array
+
+    for n in range(len(targets)):
+        one = tree_map(placed, take(inputs, slice(n, n + 1)))
+        yield weights.dump(gradient(params, one, placed(targets[n : n + 1])))
 
 
 def _jax_direction(step, run) -> dict[str, np.ndarray]:

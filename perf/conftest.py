@@ -15,13 +15,14 @@ import pytest
 
 from dpsgd import METHODS
 from perf import device, memory, runner
-from perf.outcome import outcome
+from perf.outcome import WrongResult, outcome
 from perf.partial import Partial
 from perf.profiles import cases
-from perf.protocol import SCHEMA, Bench, blank
+from perf.protocol import SCHEMA, Bench, blank, timed
 
 ROWS = pytest.StashKey[list]()
 PARTIAL = pytest.StashKey[Partial | None]()
+WANTED = pytest.StashKey[dict]()  # what the first way of the padding study gave
 TIMED = pytest.StashKey[dict]()  # case id → pytest-benchmark's entry, as it is kept
 
 
@@ -143,6 +144,8 @@ def _keep(config, row, stats) -> None:
 def _line(row) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
+    if row.get("kind") == "padding":
+        return f"{row['examples_per_s']:,.0f} real ex/s, {row['compiles']} compiles"
     if "call_s" in row:
         return f"{1e6 * row['call_s']:,.0f} µs a call"
     slow = f", {row['slowdown']:.2f} × SGD" if "slowdown" in row else ""
@@ -260,27 +263,63 @@ def measure_call(request, benchmark):
     """``measure_call(kind, method, size, call)``: time one call outside of a step, in a row."""
 
     def run(kind, method, size, call, iterations=1):
-        row = request.node.row = {
-            "schema": SCHEMA,
-            "kind": kind,
-            "case": "-".join([kind, method, *size.split()]),
-            "profile": runner.selected(request.config.option)["profile"],
-            "method": method,
-            "size": size,
-            "status": "error",
-            "reason": "",
-        }
-        request.config.stash[ROWS].append(row)
-        benchmark.extra_info = row
+        row = benchmark.extra_info = _own_row(request, kind, method, size)
         benchmark.pedantic(call, rounds=9, warmup_rounds=2, iterations=iterations)
         row |= {"status": "ok", "call_s": benchmark.stats.stats.median}
 
     return run
 
 
+@pytest.fixture
+def measure_padding(request, benchmark):
+    """``measure_padding(way, sizes)``: time one way to shape draws of these sizes, in a row."""
+
+    def run(way, sizes):
+        from perf import padding
+
+        size = f"{padding.MODEL} P={padding.P} L={padding.L}"
+        row = benchmark.extra_info = _own_row(request, "padding", way, size)
+        study = padding.Study(way, sizes, request.config.option.device)
+        before = study.step.compiles()
+        cold = timed(study.run)
+        row["compiles"] = study.step.compiles() - before
+        row["padding_fraction"] = study.padding_fraction
+        row["examples_per_s_with_compiles"] = sum(sizes) / cold
+        got, wanted = study.clipped_sum(0), request.config.stash.setdefault(WANTED, {})
+        want = wanted.setdefault(size, got)
+        off = max(float(abs(got[name] - want[name]).max()) for name in want)
+        if not off < 1e-3 * study.step.privacy.clip_norm:
+            raise WrongResult(f"{way} is {off:.2g} away from what the first way gives")
+        row["checked"] = True
+        benchmark.pedantic(study.run, rounds=9, warmup_rounds=1)
+        row |= {"status": "ok", "call_s": benchmark.stats.stats.median}
+        row["examples_per_s"] = sum(sizes) / row["call_s"]
+
+    return run
+
+
+def _own_row(request, kind, method, size) -> dict:
+    row = request.node.row = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "case": "-".join([kind, method, *size.split()]),
+        "profile": runner.selected(request.config.option)["profile"],
+        "method": method,
+        "size": size,
+        "status": "error",
+        "reason": "",
+    }
+    request.config.stash[ROWS].append(row)
+    return row
+
+
 def pytest_ignore_collect(collection_path, config):
-    """What knows no framework is measured once, in torch's process: Opacus' sampler needs it."""
-    once = ("test_sampling.py", "test_loading.py")
-    if collection_path.name in once and config.option.framework == "jax":
+    """
+    What knows no framework is measured once, in torch's process: Opacus' sampler needs it.
+
+    Only JAX needs static shapes.
+    """
+    others = {"jax": ("test_sampling.py", "test_loading.py"), "torch": ("test_padding.py",)}
+    if collection_path.name in others.get(config.option.framework, ()):
         return True
     return None

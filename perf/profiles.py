@@ -2,8 +2,9 @@
 What is measured: a case is one method on one model at one size; a profile is a list of cases.
 
 ``smoke`` ⊂ ``quick`` ⊂ ``full``, by identical case ids. ``full-torch`` holds the larger comparisons
-of torch's methods at L = 8P, and at L = P and 64P; ``gpu-torch`` those of one large GPU. Both are
-long: ``--resume`` measures them in parts.
+of torch's methods at L = 8P, and at L = P and 64P, ``full-jax`` those of JAX's, with two of torch's
+rows beside them; ``gpu-torch`` and ``gpu-jax`` those of one large GPU. All are long:
+``--resume`` measures them in parts.
 """
 
 import re
@@ -112,11 +113,13 @@ class Block:
     frameworks: tuple[str, ...] = ("torch", "jax")
     peers: bool = True
     without: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()  # empty: all
 
     def takes(self, row: methods.Method) -> bool:
         """Whether the method has cases here."""
         kept = row.framework in self.frameworks and row.name not in self.without
-        return kept and (row.ours or self.peers)
+        wanted = not self.only or row.name in self.only
+        return kept and wanted and (row.ours or self.peers)
 
     def case(self, method: str, mode: str, precision: str) -> Case:
         """One case."""
@@ -137,9 +140,27 @@ def _torch(model: str, physical_batch: int, times: int = 8, **more) -> Block:
     return Block(model=model, physical_batch=physical_batch, **options)
 
 
+def _jax(model: str, physical_batch: int, **more) -> tuple[Block, Block]:
+    # vmap recompiles for a minute at each new size, and Optax' clip is masked's: they have their
+    # place in the smaller profiles.
+    without = ("jax-vmap", "jax-optax", *more.pop("without", ()))
+    options: dict[str, Any] = {"model": model, "physical_batch": physical_batch, "times": 8}
+    both = "torch-sgd", "torch-bookkeeping"
+    jax = Block(**options, frameworks=("jax",), without=without, **more)
+    return jax, Block(**options, frameworks=("torch",), only=both)
+
+
+_PRECISE: dict[str, Any] = {"times": 8, "peers": False, "precisions": ("fp32", "tf32", "bf16")}
+
+
 def _gpu(physical_batch: int) -> Block:
-    more: dict[str, Any] = {"modes": ("eager", "compiled"), "precisions": ("fp32", "tf32", "bf16")}
-    return _torch("vit-b16", physical_batch, peers=False, **more)
+    more: dict[str, Any] = {"modes": ("eager", "compiled"), **_PRECISE}
+    return _torch("vit-b16", physical_batch, **more)
+
+
+def _gpu_jax(physical_batch: int) -> Block:
+    options: dict[str, Any] = {"model": "vit-b16", "physical_batch": physical_batch, **_PRECISE}
+    return Block(**options, frameworks=("jax",), without=("jax-vmap",))
 
 
 _CNN = Block(model="digits-cnn", physical_batch=64)
@@ -167,6 +188,13 @@ PROFILES: dict[str, tuple[Block, ...]] = {
         _torch("vit-s16", 8, without=("torch-ghost",)),
         _torch("vit-ti16-4blocks", 16, modes=("compiled",), peers=False),
     ),
+    # On 2 cores, estimated.
+    "full-jax": (
+        *_jax("vit-ti16", 16),
+        *_jax("vit-b16-4blocks", 8, without=("jax-ghost",)),
+        *_jax("bit-r50x1-128px", 8),
+        *_jax("distilbert-64tok", 8, without=("jax-ghost",)),
+    ),
     "gpu": (
         _CNN,
         Block(model="vit-ti16", physical_batch=128, modes=_BOTH, precisions=("fp32", "bf16")),
@@ -176,6 +204,9 @@ PROFILES: dict[str, tuple[Block, ...]] = {
     # `--resume --precision fp32 -k "p256 and eager"`, `… -k "p256 and compiled"`, `… -k p64`,
     # `--resume --precision tf32`, `--resume --precision bf16`; `--resume` alone gives the whole.
     "gpu-torch": (_gpu(64), _gpu(256)),
+    # Compiling takes a minute or more for each case. In parts of 8 minutes: `--resume --precision
+    # fp32 -k p256`, `… -k p64`, the same with tf32 and bf16; `--resume` alone gives the whole.
+    "gpu-jax": (_gpu_jax(64), _gpu_jax(256)),
 }
 
 

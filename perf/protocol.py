@@ -2,16 +2,17 @@
 What is timed and how; the only place that knows.
 
 A *step* is all ``accumulate`` calls of one logical batch, ``update``, one synchronisation. Each
-round of a private method lies between two SGD steps of the same model, mode and P; its ratio
-divides by their geometric mean, each per real example. Padding is not counted as examples.
-Draws come from one seed, so that every method, framework and run does the same work.
+round of a method lies between two steps of the SGD it is compared with (same model, mode and P),
+unless it is that itself; its ratio divides by their geometric mean, each per real example. Padding
+is not counted as examples. Draws come from one seed, so that every method, framework and run does
+the same work.
 """
 
 import gc
 import importlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,34 @@ LEARNING_RATE = 1e-6
 SCHEMA = 1
 
 
+def pool(spec: models.ModelSpec, physical_batch: int) -> tuple[Any, np.ndarray]:
+    """Inputs and targets of 4 physical batches, leading axes [4, P], through which steps cycle."""
+    rng = np.random.default_rng(SEED)
+    shape = (4, physical_batch)
+    inputs: Any = (
+        random_text(spec, shape, rng)
+        if spec.is_text
+        else rng.standard_normal((*shape, *spec.input_shape), np.float32)
+    )
+    return inputs, rng.integers(0, spec.num_classes, shape)
+
+
+def placed(step: Any, logical: Iterable[Any], inputs: Any, targets: np.ndarray) -> list[list[Any]]:
+    """The physical batches of each logical batch, on the device; equal ones are put there once."""
+    found: dict[tuple, Any] = {}
+    batches = []
+    for draw in logical:
+        parts = []
+        for number, part in enumerate(draw):
+            key = (number % 4, part.mask.tobytes())
+            if key not in found:
+                which = (number % 4, slice(len(part.mask)))
+                found[key] = step.put(take(inputs, which), targets[which], part.mask)
+            parts.append(found[key])
+        batches.append(parts)
+    return batches
+
+
 class Prepared:
     """A built step, its logical batches on the device already, and how to run one."""
 
@@ -43,14 +72,7 @@ class Prepared:
             clip_norm=1.0,
             steps=1000,
         )
-        rng = np.random.default_rng(SEED)
-        shape = (4, case.physical_batch)
-        self.inputs: Any = (
-            random_text(spec, shape, rng)
-            if spec.is_text
-            else rng.standard_normal((*shape, *spec.input_shape), np.float32)
-        )
-        self.targets = rng.integers(0, spec.num_classes, shape)
+        self.inputs, self.targets = pool(spec, case.physical_batch)
         if checked:
             self.reference = check.Reference(case, model, framework.cross_entropy, self)
         self.step = case.row.build(
@@ -71,19 +93,9 @@ class Prepared:
             seed=SEED,
             padded=not ragged,
         )
-        self.sizes, self.batches, placed = [], [], {}
-        for logical in itertools.islice((d for d in draws if d.size), case.draws):
-            self.sizes.append(logical.size)
-            parts = []
-            for number, part in enumerate(logical):
-                key = (number % 4, len(part.mask), int(part.mask.sum()))
-                if key not in placed:
-                    which = (number % 4, slice(len(part.mask)))
-                    placed[key] = self.step.put(
-                        take(self.inputs, which), self.targets[which], part.mask
-                    )
-                parts.append(placed[key])
-            self.batches.append(parts)
+        logical = list(itertools.islice((d for d in draws if d.size), case.draws))
+        self.sizes = [draw.size for draw in logical]
+        self.batches = placed(self.step, logical, self.inputs, self.targets)
         slots = sum(len(part[2]) for parts in self.batches for part in parts)
         # A row without static shapes drops the padding itself.
         self.padding_fraction = 1 - sum(self.sizes) / slots if case.row.static_shapes else 0.0
@@ -188,7 +200,8 @@ class Bench:
             raise WrongResult(problem)
         row["checked"] = True
         row["compiles"] = subject.step.compiles() - compiled
-        sgd = self._sgd(case) if case.row.private else None
+        own = case.method == case.row.baseline
+        sgd = None if own else self._sgd(case)
         if not case.row.static_shapes:
             compiled = subject.step.compiles()
             cold = [timed(subject.run, k, clock=self.clock) for k in range(case.draws)]
@@ -222,7 +235,7 @@ class Bench:
         if not all(np.isfinite(p).all() for p in subject.step.parameters().values()):
             raise WrongResult("parameters are not finite after the timed steps")
         row["status"] = "ok"
-        if not case.row.private:
+        if own:
             self._kept = (self._key(case, case.ragged), subject)
 
     def _summary(self, seconds, sizes, baseline) -> dict[str, Any]:

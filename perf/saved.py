@@ -51,26 +51,42 @@ def steps(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in run["rows"] if row.get("kind", "step") == "step"]
 
 
+def is_sgd(row: dict[str, Any]) -> bool:
+    """Whether the row is of a method without privacy."""
+    return row["method"].endswith(("-sgd", "-sgd-tuned"))
+
+
 def best_sgd(rows: Iterable[dict[str, Any]]) -> None:
     """
     Set ``vs_best_sgd``: against that framework's fastest SGD, any mode, same precision.
 
-    A private row's is its paired slowdown times what its own SGD loses to the fastest, so that a
-    machine whose speed changed between the rows does not enter.
+    A paired row's is its slowdown times what its own SGD loses to the fastest, so that a machine
+    whose speed changed between the rows does not enter; a paired SGD's rate is its own SGD's over
+    its slowdown.
     """
     rows = [row for row in rows if row["status"] == "ok" and "baseline" in row]
 
     def group(row):
-        return tuple(row[k] for k in ("framework", "model", "physical_batch", "precision"))
+        names = ("framework", "model", "physical_batch", "expected_batch", "precision")
+        return tuple(row[name] for name in names)
+
+    own = {
+        (*group(row), row["compile"], row["method"]): row["examples_per_s"]
+        for row in rows
+        if row["method"] == row["baseline"]
+    }
+
+    def baseline_rate(row):
+        return own.get((*group(row), row["compile"], row["baseline"]))
 
     fastest: dict[tuple, float] = {}
-    own: dict[tuple, float] = {}
     for row in rows:
-        if row["method"].endswith(("-sgd", "-sgd-tuned")):
-            fastest[group(row)] = max(fastest.get(group(row), 0), row["examples_per_s"])
-            own[(*group(row), row["compile"], row["method"])] = row["examples_per_s"]
+        if is_sgd(row):
+            paired = "slowdown" in row and baseline_rate(row)
+            rate = paired / row["slowdown"] if paired else row["examples_per_s"]
+            fastest[group(row)] = max(fastest.get(group(row), 0), rate)
     for row in rows:
-        rate = own.get((*group(row), row["compile"], row["baseline"]))
+        rate = baseline_rate(row)
         if rate and "slowdown" in row:
             row["vs_best_sgd"] = row["slowdown"] * fastest[group(row)] / rate
         elif group(row) in fastest:

@@ -103,7 +103,7 @@ CALL_HEADERS = ("call", "by", "size", "µs")
 
 def calls(run: dict[str, Any]) -> list[list[str]]:
     """Cells of what is measured outside of a step."""
-    rows = [row for row in run["rows"] if row.get("kind", "step") != "step"]
+    rows = [row for row in run["rows"] if row.get("kind", "step") not in ("step", "padding")]
     return [
         [
             row["kind"],
@@ -113,6 +113,55 @@ def calls(run: dict[str, Any]) -> list[list[str]]:
         ]
         for row in rows
     ]
+
+
+def across(run: dict[str, Any]) -> list[str]:
+    """
+    JAX over PyTorch in real examples a second, the fastest SGD and private row of each.
+
+    The frameworks are measured one after the other: these ratios are not paired.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in saved.steps(run):
+        if row["status"] == "ok":
+            names = ("model", "precision", "physical_batch", "expected_batch")
+            groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    lines = []
+    for (model, precision, physical, expected), rows in groups.items():
+        best: dict[tuple, dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: row["examples_per_s"]):
+            best[row["framework"], saved.is_sgd(row)] = row
+        parts = []
+        for sgd, what in ((True, "SGD"), (False, "private")):
+            one, two = (best.get((framework, sgd)) for framework in ("jax", "torch"))
+            if one and two:
+                ratio = one["examples_per_s"] / two["examples_per_s"]
+                parts.append(f"{what} {ratio:.2f} ({one['method']} / {two['method']})")
+        if parts:
+            size = f"{model} · {precision} · P={physical} · L={expected}"
+            lines.append(f"JAX / PyTorch, real ex/s, {size}: {', '.join(parts)}")
+    return lines
+
+
+PADDING_HEADERS = ("way", "compiles", "padding", "real ex/s", "with compiling")
+
+
+def padding(run: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Title and cells of the ways to give draws of every size one shape."""
+    rows = [row for row in run["rows"] if row.get("kind") == "padding"]
+    cells = [
+        [
+            row["method"],
+            str(row["compiles"]),
+            f"{row['padding_fraction']:.0%}",
+            _number(row["examples_per_s"]),
+            _number(row["examples_per_s_with_compiles"]),
+        ]
+        if row["status"] == "ok"
+        else [row["method"], row["status"], "", "", ""]
+        for row in rows
+    ]
+    return f"static shapes for Poisson draws · {rows[0]['size'] if rows else ''}", cells
 
 
 def _title(run: dict[str, Any]) -> str:
@@ -139,8 +188,13 @@ def markdown(run: dict[str, Any]) -> str:
     found, notes = sections(run)
     parts = [_title(run)]
     parts += [f"**{title}**\n\n{table(HEADERS, rows)}" for title, rows in found]
+    if lines := across(run):
+        parts.append("  \n".join(lines))
     if rows := calls(run):
         parts.append(f"**{CALLS}**\n\n{table(CALL_HEADERS, rows)}")
+    title, rows = padding(run)
+    if rows:
+        parts.append(f"**{title}**\n\n{table(PADDING_HEADERS, rows)}")
     return "\n\n".join([*parts, LEGEND, "  \n".join(notes)]).strip() + "\n"
 
 
@@ -166,15 +220,21 @@ def show(run: dict[str, Any], file=None) -> None:
     found, notes = sections(run)
     for title, rows in found:
         table(title, HEADERS, rows)
+    for line in across(run):
+        console.print(line, markup=False)
     if rows := calls(run):
         table(CALLS, CALL_HEADERS, rows)
+    title, rows = padding(run)
+    if rows:
+        table(title, PADDING_HEADERS, rows)
     for line in [LEGEND, *notes]:
         console.print(line, markup=False)
 
 
 def newest() -> Path:
-    """The newest ordinary run."""
-    runs = sorted(saved.FOLDER.glob("*/runs/*.json"), key=lambda path: path.stat().st_mtime)
+    """The newest run of one device."""
+    runs = [p for p in saved.FOLDER.glob("*/runs/*.json") if not p.stem.endswith("-multi")]
+    runs.sort(key=lambda path: path.stat().st_mtime)
     if not runs:
         raise saved.Unusable(
             "no saved run under .benchmarks/*/runs: measure first (nox -s perf_cpu)"
@@ -202,6 +262,8 @@ def main() -> None:
         run = saved.load(args.run or newest())
     except saved.Unusable as error:
         sys.exit(f"perf.table: {error}")
+    if any(row.get("kind") == "scaling" for row in run["rows"]):
+        sys.exit("perf.table: a run over several devices: python -m perf.chart shows it")
     if args.write:
         write(run, Path(args.write))
     elif args.markdown:

@@ -16,7 +16,9 @@ from dpsgd.ranks import Disagreement, Ranks
 from dpsgd.torch import models as torch_models
 from dpsgd.torch import step as step_module
 from dpsgd.torch.distributed import connect, disconnect
+from dpsgd.torch.methods.bookkeeping import Bookkeeping
 from dpsgd.torch.noise import Noise
+from dpsgd.torch.sharded import Sharded
 
 P = 2
 # Sizes of three logical batches: with 4 ranks uneven, with empty ranks, and empty.
@@ -77,7 +79,13 @@ class Counted:
 
     def __enter__(self):
         self.calls, self._real = [], {}
-        for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier"):
+        for name in (
+            "all_reduce",
+            "broadcast",
+            "all_gather",
+            "reduce_scatter_tensor",
+            "all_gather_into_tensor",
+        ):
             self._real[name] = getattr(dist, name)
             setattr(dist, name, self._counting(name))
         return self
@@ -128,7 +136,7 @@ def noise(ranks, found):
 
     for name in ("torch-opacus", "torch-opacus-ghost", "torch-bookkeeping", "torch-vmap"):
         for placement in ("split", "rank0"):
-            for size in SIZES:
+            for size in SIZES if name == "torch-bookkeeping" else (2,):
                 of = f"{name} {placement} {size}"
                 found[of] = excess(name, size, noise_placement=placement)
     name = "torch-bookkeeping"
@@ -175,6 +183,55 @@ def opacus_traps(ranks, found):
     own = torch.Generator().manual_seed(ranks.rank)
     sampler = Sampler(total_size=40, sample_rate=0.05, shuffle=False, steps=200, generator=own)
     found["yielded"] = len(list(sampler))
+
+
+def sharded(ranks, found):
+    """A transformer with its parameters on all ranks, against one rank that has them whole."""
+    spec = models.get("vit-test")
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal((21, *spec.input_shape), np.float32)
+    targets = rng.integers(0, spec.num_classes, 21)
+    bad = inputs.copy()
+    bad[3] = np.inf  # on one rank only, which must not gather once more than the others
+
+    def trained(kind, ranks, inputs, sigma=0.0, lr=1.0):
+        model = torch_models.build(spec, seed=1)
+        step = kind(
+            model,
+            torch_models.optimizer(model, "adam" if lr < 1 else "sgd", lr),
+            PrivacyConfig(
+                num_examples=1000, sample_rate=0.01, steps=9, noise_multiplier=sigma, clip_norm=1.0
+            ),
+            loss=torch_models.cross_entropy,
+            physical_batch_size=P,
+            ranks=ranks,
+        )
+        for size in (21, 3, 0):
+            whole = LogicalBatch(indices=np.arange(size), physical_batch_size=P)
+            logical = whole.share(ranks.rank, ranks.world, even=True)
+            step.declare(draw=logical.drawn)
+            for part in logical:
+                step.accumulate(*step.put(inputs[part.indices], targets[part.indices], part.mask))
+            step.update()
+        return np.concatenate([p.ravel() for p in step.parameters().values()]), step
+
+    start, _ = trained(Bookkeeping, Ranks(), inputs, lr=1e-30)
+    for name, given, lr in (("sgd", inputs, 1.0), ("bad", bad, 1.0), ("adam", inputs, 1e-3)):
+        with Counted() as counted:
+            many, step = trained(Sharded, ranks, given, lr=lr)
+        one, _ = trained(Bookkeeping, Ranks(), given, lr=lr)
+        found[name] = {
+            "off": float(np.abs(many - one).max() / np.abs(one - start).max()),
+            "bits": bits(many),
+            "calls": counted.calls,
+            "units": len(step._units),
+            "owned": sum(p.to_local().numel() for p in step.params) / len(many),
+        }
+    before, _ = trained(Bookkeeping, Ranks(), inputs)
+    noisy, _ = trained(Sharded, ranks, inputs, sigma=1e4)
+    moved = (noisy - before).astype(np.float64)
+    found["mean square"] = float(np.mean(np.square(moved / (1e4 / 10))) / 3)  # of three updates
+    found["size"] = len(moved)
 
 
 def main(folder, *checks):

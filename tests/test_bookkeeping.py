@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from dpsgd import METHODS, PrivacyConfig, cost, reference
 from dpsgd.torch.layers import rule_for
 from dpsgd.torch.layers.base import Seen
+from dpsgd.torch.layers.conv import Conv
 
 P = 4
 
@@ -258,6 +259,7 @@ LAYERS = {
     "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 7, 6)),
     "dilated": (lambda: nn.Conv2d(3, 4, (3, 2), padding="same", dilation=2), (3, 6, 6)),
     "even kernel": (lambda: nn.Conv2d(3, 4, 2, padding="same", bias=False), (3, 5, 5)),
+    "3x3": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 6, 6)),
     "pointwise": (lambda: nn.Conv2d(4, 6, 1, stride=2), (4, 5, 5)),
     "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5)),
     "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 5, 5)),
@@ -280,6 +282,28 @@ def test_layers(layer, way, method):
     step.norms(*step.put(inputs, targets, mask))
     step.ways = {c.layer.name: way if way in c.layer.ways else c.way for c in step.plan}
     assert_right(step, model, inputs, targets, mask, each)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("layer", ["3x3", "strided", "dilated", "even kernel", "1-D", "depthwise"])
+def test_pairs_of_patches_without_patches(layer):
+    torch.manual_seed(0)
+    make, shape = LAYERS[layer]
+    rule, x = Conv("", module := make(), ["weight"]), torch.randn(P, *shape)
+    seen = Seen(x=x, g=torch.randn_like(module(x)), examples=P)
+    patches, outputs = rule.matrices(seen)
+    assert torch.allclose(rule._pairs(seen), patches @ patches.mT, atol=1e-5)
+    assert torch.equal(rule._outputs(seen).mT, outputs)
+
+
+def test_a_small_image_with_many_channels_gets_the_gram_way():
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    step = build(nn.Sequential(conv, nn.Flatten()), each)
+    step.norms(*step.put(np.ones((P, 64, 8, 8), np.float32), np.zeros(P, int), np.ones(P, bool)))
+    layer = step.plan[0].layer
+    assert step.plan[0].way == "gram"
+    assert layer.stored == 64 * 64
+    assert layer.gram_inputs < layer.inputs == 576
 
 
 def test_the_plan_names_the_fallback():

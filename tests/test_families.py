@@ -1,6 +1,7 @@
-"""BiT and text: every torch method against the oracle; weights, overrides, inputs, checkpoints."""
+"""BiT and text: every method against the oracle; weights, overrides, inputs, checkpoints."""
 
 import functools
+import importlib
 
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ P = 4
 TEXT = ["bert-test", "distilbert-test", "roberta-test", "gpt2-test"]
 FAMILIES = ["bit-test", *TEXT]
 FROZEN = [f"{name}-frozenemb" for name in TEXT]
-TORCH = [name for name, row in METHODS.items() if row.framework == "torch"]
+TORCH, JAX = (
+    [name for name, row in METHODS.items() if row.framework == framework]
+    for framework in ("torch", "jax")
+)
 TOLERANCE = 1e-5  # of the sum's length: float32, through up to nine normalised layers
 # Their position table is looked up once for the whole batch.
 OPACUS_CANNOT = ["bert-test", "distilbert-test", "gpt2-test"]
@@ -34,12 +38,12 @@ def batch(spec, rows=P):
 
 
 def build(name, spec, clip_norm=0.5):
-    model = dpsgd.torch.models.build(spec, seed=1)
+    framework = importlib.import_module(f"dpsgd.{METHODS[name].framework}.models")
+    model = framework.build(spec, seed=1)
     config = PrivacyConfig(
         num_examples=1000, sample_rate=0.01, steps=10, noise_multiplier=0.0, clip_norm=clip_norm
     )
-    optimizer = dpsgd.torch.models.optimizer(model, "sgd", 1.0)
-    loss = dpsgd.torch.models.cross_entropy
+    optimizer, loss = framework.optimizer(model, "sgd", 1.0), framework.cross_entropy
     return METHODS[name].build(model, optimizer, config, loss=loss, physical_batch_size=P, seed=7)
 
 
@@ -77,6 +81,19 @@ def test_every_method_matches_the_oracle_or_says_why_not(name, model):
             problem(name, model)
     else:
         assert problem(name, model) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        *((name, "distilbert-test") for name in JAX),
+        *((name, "bit-test") for name in ("jax-sgd-tuned", "jax-masked", "jax-ghost")),
+        *(("jax-bookkeeping", name) for name in ("bit-test", "bert-test", "roberta-test")),
+        *((name, "distilbert-test-frozenemb") for name in ("jax-masked", "jax-bookkeeping")),
+    ],
+)
+def test_every_jax_method_matches_the_oracle(name, model):
+    assert problem(name, model) < TOLERANCE
 
 
 def test_the_comparison_sees_a_leak_of_the_padding():
@@ -159,9 +176,10 @@ def test_synthetic_text_follows_its_seed():
         data.load("digits", spec)
 
 
-def test_a_text_model_learns_privately():
+@pytest.mark.parametrize("method", ["torch-bookkeeping", "jax-bookkeeping"])
+def test_a_text_model_learns_privately(method):
     options = {"noise_multiplier": 0.3, "sample_rate": 0.1, "steps": 40, "seed": 1}
-    found = train(method="torch-bookkeeping", model="distilbert-test", data="synthetic", **options)
+    found = train(method=method, model="distilbert-test", data="synthetic", **options)
     assert found.test_accuracy > 0.6, "a third is chance"
 
 
@@ -187,12 +205,21 @@ def test_a_checkpoint_of_the_bare_backbone_loads(tmp_path, model):
 
 
 def test_jax_says_that_it_has_no_twin():
-    with pytest.raises(ValueError, match="bit-test has no JAX twin"):
-        dpsgd.jax.models.build(models.get("bit-test"))
+    with pytest.raises(ValueError, match="gpt2-test has no JAX twin"):
+        dpsgd.jax.models.build(models.get("gpt2-test"))
 
 
-@pytest.mark.parametrize("model", ["bit-test", "distilbert-test-frozenemb"])
-@pytest.mark.parametrize("name", ["torch-bookkeeping", "torch-opacus"])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("torch-bookkeeping", "bit-test"),
+        ("torch-bookkeeping", "distilbert-test-frozenemb"),
+        ("torch-opacus", "bit-test"),
+        ("torch-opacus", "distilbert-test-frozenemb"),
+        ("jax-masked", "distilbert-test-frozenemb"),
+        ("jax-bookkeeping", "bit-test"),
+    ],
+)
 def test_the_check_before_timing_takes_dicts(name, model):
     case = Case(model=model, physical_batch=8, method=name, wanted_batch=16)
     prepared = Prepared(case, "cpu", ragged=True)

@@ -1,7 +1,6 @@
 """A rank that dies, stops, hangs, fails, ends early or disagrees ends the run everywhere."""
 
 import threading
-import time
 
 import launch
 import pytest
@@ -11,144 +10,149 @@ from dpsgd.watch import EXIT_CODE, Watch
 
 
 class Memory(dict):
-    """A store in memory, which can be made to hang or to break."""
+    """A store in memory, which can break."""
 
-    broken = hanging = False
-
-    def _pass(self):
-        if self.broken:
-            raise ConnectionError
-        while self.hanging:
-            time.sleep(0.01)
+    broken = False
 
     def set(self, key, value):
-        self._pass()
+        if self.broken:
+            raise ConnectionError
         self[key] = value
-
-    def get(self, key, default=None):
-        self._pass()
-        return super().get(key, default)
 
     def delete(self, key):
         self.pop(key, None)
 
 
-class Watched:
-    """A rank in threads: what its watch said, instead of ending the process."""
+class Trio:
+    """Three ranks after their first update, and a clock that the test moves."""
 
-    def __init__(self, rank, world, store, **options):
-        self.said, self.left = [], threading.Event()
-        times = {"timeout_s": 0.5, "first_timeout_s": 2.0} | options
-        self.watch = Watch(rank, world, store, leave=self._leave, **times)
-        self.watch.start()
+    def __init__(self):
+        self.now, self.store, self.gone, self.open = 0.0, Memory(), set(), []
+        self.watches = [
+            Watch(r, 3, self.store, timeout_s=10, first_timeout_s=60, clock=lambda: self.now)
+            for r in range(3)
+        ]
+        for watch in self.watches:
+            with watch.waiting(1):
+                pass
 
-    def _leave(self, sentence):
-        self.said.append(sentence)
-        self.left.set()
+    def arrive(self, *ranks):
+        """Be in the collective of update 2 from now on."""
+        for rank in ranks:
+            self.open.append(self.watches[rank].waiting(2))
+            self.open[-1].__enter__()
 
-    def arrive(self, step):
-        """Be in the collective of ``step`` from now on."""
-        self.watch.waiting(step).__enter__()
-
-    def word(self):
-        assert self.left.wait(20), "nothing was found"
-        return self.said[0]
+    def after(self, seconds, working=()):
+        """What all that are left say, when the first says something."""
+        for _ in range(seconds):
+            self.now += 1
+            for rank in working:
+                self.watches[rank].progress()
+            left = [r for r in range(3) if r not in self.gone]
+            said = {r: self.watches[r].round() for r in left}
+            if any(said.values()):
+                return {r: said[r] or self.watches[r].round() for r in left}
+        return {}
 
 
 @pytest.fixture
 def trio():
-    store = Memory()
-    ranks = [Watched(r, 3, store) for r in range(3)]
-    for rank in ranks:
-        with rank.watch.waiting(1):
-            pass
-    yield ranks
-    store.hanging = False
-    for rank in ranks:
-        rank.watch._stopped.set()
+    return Trio()
 
 
-def test_quiet_ranks_are_left_alone(trio):
-    for _ in range(15):
-        time.sleep(0.1)
-        for rank in trio:
-            rank.watch.progress()
-    assert not any(rank.said for rank in trio)
+def test_ranks_that_only_compute_are_left_alone(trio):
+    assert not trio.after(500)
 
 
 def test_who_waits_does_not_end_while_the_others_work(trio):
-    trio[0].arrive(2)
-    for _ in range(15):
-        time.sleep(0.1)
-        trio[1].watch.progress()
-        trio[2].watch.progress()
-    assert not any(rank.said for rank in trio)
+    trio.arrive(0, 2)
+    assert not trio.after(500, working=(1,))
 
 
 def test_busy_ranks_are_given_time(trio):
-    for rank in (0, 2):
-        trio[rank].arrive(2)
-    with trio[1].watch.busy():
-        time.sleep(1.2)
-        assert not any(rank.said for rank in trio)
-    assert "rank 1 hangs" in trio[0].word()
+    trio.arrive(0, 2)
+    with trio.watches[1].busy():
+        assert not trio.after(50)
+    assert "rank 1 hangs" in trio.after(20)[0]
 
 
-def test_one_that_hangs_is_named_by_all(trio):
-    for rank in (0, 2):
-        trio[rank].arrive(2)
-    for rank in trio:
-        assert "rank 1 hangs: no progress" in rank.word()
-        assert "while update 2 waits for it (it has come to update 1)" in rank.word()
+@pytest.mark.parametrize("victim", range(3))
+def test_one_that_hangs_is_named_by_all(trio, victim):
+    trio.arrive(*{0, 1, 2} - {victim})
+    said = trio.after(15)
+    assert len(said) == 3
+    for words in said.values():
+        assert f"rank {victim} hangs: no progress for 11 s, while update 2 waits for it" in words
 
 
-def test_one_that_is_silent_is_named_by_all(trio):
-    trio[1].watch._stopped.set()
-    for rank in (0, 2):
-        assert "rank 1 has given no sign of life for" in trio[rank].word()
+@pytest.mark.parametrize("victim", range(3))
+def test_one_that_is_silent_is_named_by_all(trio, victim):
+    assert not trio.after(3)
+    trio.gone = {victim}
+    said = trio.after(15)
+    assert len(said) == 2
+    assert all(f"rank {victim} has given no sign of life for" in words for words in said.values())
 
 
-def test_one_that_fails_is_named_by_all(trio):
-    trio[1].watch.stop(ZeroDivisionError("a secret"))
-    for rank in (0, 2):
-        assert "rank 1 failed (ZeroDivisionError) after arriving at update 1" in trio[rank].word()
-        assert "secret" not in trio[rank].word()
+def test_one_that_fails_is_named_by_all_and_keeps_its_message(trio):
+    trio.watches[1].stop(ZeroDivisionError("a secret"))
+    trio.gone = {1}
+    for words in trio.after(1).values():
+        assert words == "rank 1 failed (ZeroDivisionError) after arriving at update 1"
+
+
+def test_a_disagreement_is_told_in_full(trio):
+    trio.watches[1].stop(Disagreement("rank 2 differs"))
+    trio.gone = {1}
+    assert "failed (Disagreement: rank 2 differs)" in trio.after(1)[0]
 
 
 def test_one_that_ends_early_is_named(trio):
-    trio[0].arrive(2)
-    trio[1].watch.stop()
-    assert "rank 1 ended after update 1, but update 2 needs it" in trio[0].word()
+    trio.arrive(0)
+    trio.watches[1].stop()
+    trio.gone = {1}
+    assert trio.after(15)[0] == "rank 1 ended after update 1, but update 2 needs it"
 
 
 def test_a_network_that_hangs_is_told_from_a_rank_that_does(trio):
-    for rank in trio:
-        rank.arrive(2)
-    for rank in trio:
-        assert "all ranks have arrived at update 2, but its all-reduce" in rank.word()
+    trio.arrive(0, 1, 2)
+    assert "all ranks have arrived at update 2, but its all-reduce" in trio.after(15)[0]
 
 
-def test_a_rank_that_never_came_is_named():
-    watched = Watched(0, 2, Memory(), timeout_s=0.2)
-    assert "rank 1 has never started to work" in watched.word()
+def test_a_rank_that_never_came_is_named(trio):
+    trio.gone = {1, 2}
+    assert "rank 1 has never started" in trio.after(40)[0]
 
 
-@pytest.mark.parametrize(
-    ("state", "words"), [("broken", "is gone (ConnectionError)"), ("hanging", "has not answered")]
-)
-def test_a_lost_store_ends_the_rank(state, words):
-    store = Memory()
-    watched = Watched(1, 2, store)
-    setattr(store, state, True)
-    assert words in watched.word()
-    store.hanging = False
+def test_a_lost_store_ends_the_rank(trio):
+    trio.store.broken = True
+    assert "is gone (ConnectionError)" in trio.after(1)[2]
+
+
+def test_a_store_that_hangs_ends_the_rank(trio):
+    trio.after(1)
+    trio.now += 14
+    assert trio.watches[1].overdue() is None
+    trio.now += 2
+    assert "has not answered for 15 s" in trio.watches[1].overdue()
 
 
 def test_all_ends_well(trio):
-    for rank in (2, 1, 0):
-        trio[rank].watch.stop()
-    time.sleep(0.3)
-    assert not any(rank.said for rank in trio)
+    trio.after(1)
+    for rank in (2, 1):
+        trio.watches[rank].stop()
+        trio.gone.add(rank)
+        assert not trio.after(50)
+    trio.watches[0].stop()
+
+
+def test_threads_tell_and_leave():
+    """The same with real time: rank 1 is never there."""
+    left = threading.Event()
+    watch = Watch(0, 2, Memory(), timeout_s=0.2, leave=lambda sentence: left.set())
+    watch.start()
+    assert left.wait(60)
+    watch.stop()
 
 
 # Processes, over gloo

@@ -11,7 +11,8 @@ from flax import nnx
 
 from dpsgd import METHODS, PrivacyConfig, cost, reference
 from dpsgd.jax import weights
-from dpsgd.jax.layers import Lookup
+from dpsgd.jax.layers import Lookup, StandardizedConv
+from dpsgd.jax.layers.standardized import Standardized
 
 P = 4
 MASK = np.array([True, True, False, True])
@@ -94,6 +95,8 @@ def of(kind, *args, **options):
     return lambda rngs: kind(*args, **options, rngs=rngs)
 
 
+# An ε that counts: ‖ŵ‖² is then far from the number of weights.
+STANDARDIZED = {"use_bias": False, "conv_general_dilated": Standardized(epsilon=0.05)}
 LAYERS = {
     "linear": (of(nnx.Linear, 6, 4), (5, 6)),
     "4-D linear": (of(nnx.Linear, 4, 3, use_bias=False), (2, 3, 4)),
@@ -103,6 +106,10 @@ LAYERS = {
     "patches": (of(nnx.Conv, 3, 4, (2, 3), strides=(2, 3), padding="VALID"), (5, 6, 3)),
     "depthwise": (of(nnx.Conv, 4, 8, (3, 3), feature_group_count=4), (4, 5, 4)),
     "reflect": (of(nnx.Conv, 2, 3, (3, 3), padding="REFLECT", use_bias=False), (5, 5, 2)),
+    "standardized": (
+        of(nnx.Conv, 4, 6, (3, 2), 2, padding=1, feature_group_count=2, **STANDARDIZED),
+        (7, 6, 4),
+    ),
     "1-D causal": (of(nnx.Conv, 4, 6, 3, padding="CAUSAL", kernel_dilation=2), (9, 4)),
     "1-D circular": (of(nnx.Conv, 4, 6, (4,), strides=(2,), padding="CIRCULAR"), (9, 4)),
 }
@@ -236,9 +243,22 @@ class Stack(nnx.Module):
         return self.last(scan(x, self.shared, self.blocks))
 
 
+class Positions(nnx.Module):
+    """Layers that see no input: a table of positions, and a linear layer of a constant."""
+
+    def __init__(self, rngs):
+        self.table, self.linear = nnx.Embed(5, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+        self.last = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        constant = self.linear(jnp.ones((1, 1, 6)))
+        return self.last(jnp.tanh(x + self.table(jnp.arange(x.shape[1])[None]) + constant))
+
+
 MODELS = {  # (model, input shape, what rules take)
     "bare": (Bare, (3, 6), {"linear"}),
     "twice": (Twice, (2, 6), {"last"}),
+    "positions": (Positions, (3, 6), {"table", "linear", "last"}),
     "tied": (Tied, (5,), {"embed", "embed.attend", "linear"}),
     "odd": (Odd, (2, 6), {"last"}),
     "attention": (
@@ -316,6 +336,19 @@ def test_a_missing_cross_term_is_seen(monkeypatch):
         assert_right(*reference_of("model", "tied"))
 
 
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        ("pulled", lambda self, weight, total: total),
+        ("_summed_gradient", lambda self, x, g: jnp.zeros(6)),
+    ],
+)
+def test_a_wrong_standardisation_is_seen(monkeypatch, what, wrong):
+    monkeypatch.setattr(StandardizedConv, what, wrong)
+    with pytest.raises(AssertionError, match="weight"):
+        assert_right(*reference_of("layer", "standardized"), ways="gram")
+
+
 @pytest.mark.parametrize("way", cost.WAYS)
 def test_norms_are_float32_where_the_layers_are_bfloat16(way):
     model, inputs = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), np.ones((P, 512, 4), np.float32)
@@ -357,3 +390,58 @@ def test_what_has_no_gradient_is_named():
     model.steps = nnx.Param(jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=r"'steps' is int32.*leave it out of wrt"):
         build(model)
+
+
+class Centred(nnx.Module):
+    """Subtracts the mean over the batch, or over each example's own positions."""
+
+    def __init__(self, rngs, axis):
+        self.linear, self.axis = nnx.Linear(6, 3, rngs=rngs), axis
+
+    def __call__(self, x):
+        return self.linear(x - x.mean(self.axis, keepdims=True))
+
+
+def mean_loss(model, inputs, targets):
+    return each(model, inputs, targets).mean()
+
+
+def relative_loss(model, inputs, targets):
+    losses = each(model, inputs, targets)
+    return losses / losses.sum()
+
+
+@pytest.mark.parametrize(
+    ("method", "axis", "loss", "words"),
+    [
+        ("jax-bookkeeping", 0, each, "mixes examples"),
+        ("jax-masked", 0, each, "mixes examples"),
+        ("jax-ghost", 1, relative_loss, "mixes examples"),
+        ("jax-masked", 1, mean_loss, r"has shape \(\); return one loss per example"),
+    ],
+)
+def test_what_mixes_examples_is_refused_at_the_first_batch(method, axis, loss, words):
+    step = build(Centred(nnx.Rngs(0), axis), method, loss=loss)
+    given = jnp.asarray(batch((2, 6))), jnp.zeros(P, jnp.int32), jnp.asarray(MASK)
+    with pytest.raises(ValueError, match=words):
+        step.accumulate(*given)
+
+
+def test_a_mean_over_the_positions_of_one_example_is_no_mixing():
+    step = build(Centred(nnx.Rngs(0), 1), "jax-masked")
+    step.accumulate(jnp.asarray(batch((2, 6))), jnp.zeros(P, jnp.int32), jnp.asarray(MASK))
+
+
+def test_one_real_example_is_enough_to_see_that_ids_are_mixed():
+    class Mixed(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(7, 3, rngs=rngs)
+
+        def __call__(self, ids):
+            x = self.embed(ids)
+            return x / x.sum(0, keepdims=True)
+
+    step = build(Mixed(nnx.Rngs(0)), "jax-masked")
+    ids = jnp.full((P, 5), 4, jnp.int32)
+    with pytest.raises(ValueError, match="mixes examples"):
+        step.accumulate(ids, jnp.zeros(P, jnp.int32), jnp.arange(P) == 2)

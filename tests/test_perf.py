@@ -86,6 +86,37 @@ def test_pairing_cancels_a_machine_that_grows_slower(monkeypatch):
     assert low <= row["slowdown"] <= high
 
 
+def test_a_faster_sgd_is_paired_with_plain_sgd_and_never_stands_in_for_it(monkeypatch):
+    clock, built = Clock(), []
+    costs = {"jax-sgd": 0.004, "jax-sgd-tuned": 0.002, "jax-masked": 0.006}
+    kind = fake_prepared(clock, costs, drift=0)
+
+    def counted(case, *args, **options):
+        built.append(case.method)
+        return kind(case, *args, **options)
+
+    monkeypatch.setattr(protocol, "Prepared", counted)
+    bench, found = protocol.Bench("cpu", 7, clock), {}
+    for method in ("jax-sgd", "jax-sgd-tuned", "jax-masked"):
+        case = Case(model="digits-cnn", physical_batch=64, method=method, compile=True)
+        found[method] = protocol.blank(case, "smoke")
+        bench.measure(case, replay(clock), found[method])
+    assert built == ["jax-sgd", "jax-sgd-tuned", "jax-masked"], "one plain SGD serves all"
+    assert "slowdown" not in found["jax-sgd"]
+    slow = [found[m]["slowdown"] for m in ("jax-sgd-tuned", "jax-masked")]
+    assert slow == pytest.approx([0.5, 1.5])
+    saved.best_sgd(found.values())
+    assert [row["vs_best_sgd"] for row in found.values()] == pytest.approx([2, 1, 3])
+
+
+def test_the_best_sgd_is_that_of_the_same_logical_batch():
+    rows = [row for run in (canned(), canned(sgd=0.0005)) for row in run["rows"]]
+    for row in rows[2:]:
+        row["expected_batch"] *= 8
+    saved.best_sgd(rows)
+    assert [row["vs_best_sgd"] for row in rows] == pytest.approx([1, 3, 1, 3])
+
+
 def test_ratios_are_per_real_example():
     assert protocol.ratios([6.0], [3], [2.0, 2.0]) == pytest.approx([3.0])
     assert protocol.ratios([6.0, 4.0], [3, 2], [1.0, 4.0, 1.0]) == pytest.approx(
@@ -275,8 +306,20 @@ def test_a_profile_takes_what_is_registered(monkeypatch):
         cases("full-torch", methods_wanted=["jax-masked"])
 
 
+def test_full_jax_has_two_rows_of_torch_for_each_model():
+    found = cases("full-jax")
+    for model in {case.model for case in found}:
+        rows = [case for case in found if case.model == model]
+        torch = [case.method for case in rows if case.row.framework == "torch"]
+        assert torch == ["torch-sgd", "torch-bookkeeping"]
+        assert {"jax-sgd", "jax-sgd-tuned", "jax-bookkeeping"} < {case.method for case in rows}
+    assert {case.expected_batch / case.physical_batch for case in found} == {8}
+    assert all(case.rounds >= compare.MINIMUM_ROUNDS for case in found)
+    assert {case.precision for case in cases("gpu-jax")} == {"fp32", "tf32", "bf16"}
+
+
 def test_selection_errors():
-    with pytest.raises(ValueError, match="smoke, quick, full, full-torch, gpu"):
+    with pytest.raises(ValueError, match="smoke, quick, full, full-torch, full-jax, gpu"):
         cases("fast")
     with pytest.raises(KeyError, match="vit-ti16"):
         cases("quick", models_wanted=["vit-ti"])
@@ -402,6 +445,31 @@ def test_merge_finds_the_best_sgd_of_any_mode():
     merged = saved.merge([eager, copy.deepcopy(compiled)])
     assert merged["machine_info"]["fingerprint"] == "a+b"
     assert [row["vs_best_sgd"] for row in merged["rows"]] == pytest.approx([2, 6, 1, 3])
+
+
+def test_the_table_compares_the_frameworks_fastest_rows():
+    run = canned({"torch-vmap": 3.0, "torch-bookkeeping": 1.25})
+    assert table.across(run) == []
+    for row in copy.deepcopy(run["rows"]):
+        method = row["method"].replace("torch-vmap", "jax-masked").replace("torch", "jax")
+        row |= {"method": method, "framework": "jax", "baseline": "jax-sgd"}
+        run["rows"].append(row | {"examples_per_s": row["examples_per_s"] / 2})
+    (line,) = table.across(run)
+    assert "SGD 0.50 (jax-sgd / torch-sgd)" in line
+    assert "private 0.50 (jax-bookkeeping / torch-bookkeeping)" in line
+    assert line in table.markdown(run)
+
+
+def test_the_table_shows_what_padding_costs(capsys):
+    run, row = canned(), {"kind": "padding", "case": "p", "schema": 1, "size": "digits-cnn P=16"}
+    row |= {"method": "multiple", "compiles": 5, "padding_fraction": 0.125, "status": "ok"}
+    row |= {"examples_per_s": 12_345, "examples_per_s_with_compiles": 67.8, "call_s": 1.0}
+    run["rows"] += [row, {**row, "method": "dynamic", "status": "oom", "reason": "too large"}]
+    table.show(run)
+    assert "| multiple | 5 | 12% | 12,345 | 67.8 |" in table.markdown(run)
+    assert "| dynamic | oom" in table.markdown(run)
+    assert "12,345" in capsys.readouterr().out
+    assert table.calls(run) == []
 
 
 def test_the_table_names_every_row_and_reason(capsys):

@@ -7,7 +7,10 @@ import types
 from pathlib import Path
 
 import hf
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from dpsgd import METHODS
 from dpsgd.methods import Method
@@ -17,7 +20,7 @@ from perf.protocol import Prepared
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-LOOP, OWN, FILE, ROW = re.findall(r"```python\n(.*?)```", README, re.S)
+LOOP, OWN, NNX, FILE, ROW = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_training_loop_runs(capsys):
@@ -32,8 +35,31 @@ def test_a_model_of_hugging_face_in_ten_lines(capsys):
     exec(compile(OWN, "README.md", "exec"), {"model": model, "inputs": inputs, "labels": labels})
     assert "classifier" in capsys.readouterr().out
     assert all((p != b).any() for p, b in zip(model.parameters(), before, strict=True))
-    found = [node for node in ast.walk(ast.parse(OWN)) if isinstance(node, ast.stmt)]
-    assert sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in found) <= 11
+    assert statements(OWN) <= 11
+
+
+def statements(code):
+    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
+    return sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in found)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.scale = nnx.Param(jnp.ones(8))
+        self.one, self.two = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.two(nnx.relu(self.one(x * self.scale[...])))
+
+
+def test_a_model_of_nnx_in_ten_lines(capsys):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((600, 8), np.float32)
+    given = {"model": Net(nnx.Rngs(0)), "inputs": inputs, "labels": (inputs[:, 0] > 0).astype(int)}
+    exec(compile(NNX, "README.md", "exec"), given)
+    assert "Net (autodiff)" in capsys.readouterr().out
+    assert (given["model"](inputs).argmax(1) == given["labels"]).mean() > 0.8
+    assert statements(NNX) <= 11
 
 
 def test_a_method_is_one_file_and_one_row(monkeypatch):

@@ -107,3 +107,38 @@ def test_unknown_options_are_refused():
         ranks_torch.build("torch-vmap", None, sync="every")
     with pytest.raises(ValueError, match="'once' or 'every'"):
         ranks_torch.build("torch-sgd", None, sync="never")
+
+
+def test_sharded_parameters_end_where_whole_ones_do(sharded):
+    """FSDP2: with uneven and empty shares, and a bad example on one rank."""
+    world = len(sharded)
+    for name in ("sgd", "bad", "adam"):
+        results = [rank[name] for rank in sharded]
+        assert results[0]["off"] < (1e-3 if name == "adam" else 1e-4)
+        assert len({r["bits"] for r in results}) == 1
+        assert sum(r["owned"] for r in results) == pytest.approx(1)
+        assert max(r["owned"] for r in results) < 1.2 / world
+        units, calls = results[0]["units"], results[0]["calls"]
+        assert units > 1
+        updates, trips = 3, sum(-(-size // (world * ranks_torch.P)) for size in (21, 3, 0))
+        assert calls.count("reduce_scatter_tensor") == units * updates
+        # Blocks are gathered in both directions, the rest once for each draw that is not empty.
+        assert calls.count("all_gather_into_tensor") == (units - 1) * 2 * trips + 2
+        assert {*calls} == {"reduce_scatter_tensor", "all_gather_into_tensor"}
+
+
+def test_each_coordinate_of_a_sharded_sum_gets_its_noise_once(sharded):
+    size, mean_square = sharded[0]["size"], sharded[0]["mean square"]
+    bound = 5 * np.sqrt(2 / (3 * size))
+    assert abs(mean_square - 1) < bound
+    assert abs(mean_square * len(sharded) - 1) > bound, "noise per rank must be seen"
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def sharded(request, tmp_path_factory):
+    return [
+        rank["sharded"]
+        for rank in launch.results(
+            "ranks_torch.py", request.param, tmp_path_factory.mktemp("sharded"), "sharded"
+        )
+    ]

@@ -97,24 +97,36 @@ class OneDevice:
         """What the device holds of them."""
         return params
 
+    def first(self, tree: Any) -> Any:
+        """Parameters and a batch, as one device has them."""
+        return tree
+
+    def buffers(self, size: int) -> Any:
+        """Memory for two flat arrays of noise."""
+        return [self.replicate(np.zeros(size, np.float32)) for _ in range(2)]
+
     def norming(self, function: Callable) -> Callable:
-        """``(params, inputs, targets, mask) -> norms``."""
+        """``(params, clip_norm, inputs, targets, mask) -> norms``."""
         return function
 
     def accumulating(self, function: Callable) -> Callable:
-        """``(params, total, inputs, targets, mask) -> total``."""
+        """``(params, total, clip_norm, inputs, targets, mask) -> total``."""
         return function
 
     def drawing(self, function: Callable) -> Callable:
-        """``key -> noise, key``."""
+        """``key, std, buffers -> noise, key``."""
         return function
 
-    def updating(self, function: Callable) -> Callable:
-        """``(params, opt_state, total, noise) -> params, opt_state, total``."""
-        return function
+    def updating(self, function: Callable, shaped: Callable) -> Callable:
+        """``(params, opt_state, total, noise, L) -> params, opt_state, total``."""
+
+        def updated(params, opt_state, total, noise, size):
+            return function(params, opt_state, plus(total, noise, shaped), size)
+
+        return updated
 
     def update(self, function: Callable, *state: Any) -> Any:
-        """``function(params, opt_state, total, noise)``."""
+        """``function(params, opt_state, total, noise, L)``."""
         return function(*state)
 
     def here(self, params: Any) -> Any:
@@ -223,46 +235,55 @@ class ManyDevices:
         """What a device holds of them."""
         return params
 
+    def first(self, tree: Any) -> Any:
+        """Parameters and a batch, as the first device of this process has them."""
+        return jax.tree.map(lambda a: a.addressable_shards[0].data, tree)
+
+    def buffers(self, size: int) -> Any:
+        """Memory for two flat arrays of noise, on each device [D, size]."""
+        sharding = NamedSharding(self.own_mesh, PartitionSpec(AXIS))
+        zeros = np.zeros((self.shards, size), np.float32)
+        return [jax.device_put(zeros, sharding) for _ in range(2)]
+
     def norming(self, function: Callable) -> Callable:
-        """``(params, inputs, targets, mask) -> norms``."""
-        return mapped(function, self.home, (SHARED, ROWS, ROWS, ROWS), ROWS)
+        """``(params, clip_norm, inputs, targets, mask) -> norms``."""
+        return mapped(function, self.home, (SHARED, SHARED, ROWS, ROWS, ROWS), ROWS)
 
     def accumulating(self, function: Callable) -> Callable:
-        """``(params, total, inputs, targets, mask) -> total``, where ``total`` is each device's."""
+        """``(params, total, clip_norm, inputs, targets, mask) -> total``, that of each device."""
+        takes = SHARED, OWN, SHARED, ROWS, ROWS, ROWS
         if not self.even:
-            return mapped(function, self.home, (SHARED, OWN, ROWS, ROWS, ROWS), OWN)
+            return mapped(function, self.home, takes, OWN)
 
         def summed(params, total, *batch):
             part = function(params, jax.tree.map(jnp.zeros_like, total), *batch)
             return jax.tree.map(jnp.add, total, jax.lax.psum(part, AXIS))
 
-        return mapped(summed, self.mesh, (SHARED, SHARED, ROWS, ROWS, ROWS), SHARED)
+        return mapped(summed, self.mesh, (SHARED, SHARED, SHARED, ROWS, ROWS, ROWS), SHARED)
 
     def drawing(self, function: Callable) -> Callable:
-        """``keys -> noise, keys``: each device's share of the noise."""
+        """``keys, std, buffers -> noise, keys``: each device's share of the noise."""
+        takes = OWN, SHARED, OWN
         if self.noise_placement == "split":
 
-            def share(key):
-                noise, key = function(key)
-                return jax.tree.map(lambda a: a * self.noise_share, noise), key
+            def share(key, std, old):
+                return function(key, std * self.noise_share, old)
 
-            return mapped(share, self.own_mesh, (OWN,), (OWN, OWN))
+            return mapped(share, self.own_mesh, takes, (OWN, OWN))
 
-        def first(key, rank):
-            like = jax.eval_shape(function, key)[0]
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
-            return jax.lax.cond(rank == 0, function, lambda key: (zeros, key), key)
+        def first(key, std, old, rank):
+            zeros = jax.tree.map(jnp.zeros_like, old)
+            return jax.lax.cond(rank == 0, function, lambda key, *_: (zeros, key), key, std, old)
 
-        drawn = mapped(first, self.own_mesh, (OWN, OWN), (OWN, OWN))
-        return lambda key: drawn(key, jnp.asarray(self.device_ranks))
+        drawn = mapped(first, self.own_mesh, (*takes, OWN), (OWN, OWN))
+        return lambda *args: drawn(*args, jnp.asarray(self.device_ranks))
 
-    def updating(self, function: Callable) -> Callable:
-        """``(params, opt_state, total, noise, slots) -> params, opt_state, total, slots``."""
+    def updating(self, function: Callable, shaped: Callable) -> Callable:
+        """``(params, opt_state, total, noise, L, slots) -> params, opt_state, total, slots``."""
         kind = SHARED if self.even else OWN
 
-        def summed(params, opt_state, total, noise, slots):
-            if noise is not None:
-                total = jax.tree.map(jnp.add, total, noise)
+        def summed(params, opt_state, total, noise, size, slots):
+            total = plus(total, noise, shaped)
             if slots is not None:
                 facts, place = slots
                 slots = facts + place * fingerprint(params)
@@ -270,13 +291,13 @@ class ManyDevices:
                 slots = _summed(slots)
             else:
                 total, slots = _summed((total, slots))
-            return *function(params, opt_state, total, None), slots
+            return *function(params, opt_state, total, size), slots
 
-        takes = SHARED, SHARED, kind, kind, OWN
+        takes = SHARED, SHARED, kind, OWN, SHARED, OWN
         return mapped(summed, self.mesh, takes, (SHARED, SHARED, kind, SHARED))
 
     def update(
-        self, function: Callable, params: Any, opt_state: Any, total: Any, noise: Any
+        self, function: Callable, params: Any, opt_state: Any, total: Any, noise: Any, size: float
     ) -> Any:
         """
         The one sum over the devices, and the optimizer.
@@ -293,6 +314,7 @@ class ManyDevices:
                 self._join(opt_state, SHARED),
                 self._join(total, self.own),
                 self._join(noise, self.own),
+                size,
                 self._join(self._slots(), self.own),
             )
             if slots is not None:
@@ -385,6 +407,11 @@ def _assembled(a, shape, mesh, kind):
     shards = {shard.device: shard.data for shard in a.addressable_shards}
     here = [shards[d] for d in mesh.devices.flat if d in shards]
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, kind.spec), here)
+
+
+def plus(total: Any, noise: Any, shaped: Callable) -> Any:
+    """The sum with its noise, if there is any."""
+    return total if noise is None else jax.tree.map(jnp.add, total, shaped(noise))
 
 
 def _summed(tree):

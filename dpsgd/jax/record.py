@@ -31,23 +31,31 @@ Path = tuple[Any, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def tap(made: Callable, pull: Callable | None, y: Any, x: Any, weight: Any, zeros: Any) -> Any:
+def tap(made: Callable, pull: Callable | None, y: Any, seen: tuple, zeros: Any) -> Any:
     """
-    ``y``; its backward pass gives ``zeros`` the cotangents ``made(x, g)``.
+    ``y``; its backward pass gives ``zeros`` the cotangents ``made(g, *seen)``.
 
-    g goes on to y, or where the rule has a product of its own, ``pull(weight, g)`` goes to x.
+    ``seen`` is x, the weight, and y where the rule needs it. g goes on to y, or where the rule has
+    a product of its own, ``pull(weight, g)`` goes to x.
     """
     return y
 
 
-def _backward(made, pull, saved, g):
-    x, weight = saved
+def _forward(made, pull, y, seen, zeros):
+    # Examples with taps of their own get a y of their own, and its g, also where x is a constant.
+    nothing = sum(a.ravel()[:0].sum() for a in jax.tree.leaves(zeros))
+    return y + jnp.asarray(nothing, y.dtype), seen
+
+
+def _backward(made, pull, seen, g):
+    given = made(g, *seen)
     if pull is None:
-        return g, None, None, made(x, g)
-    return None, pull(weight, g).astype(x.dtype), None, made(x, g)
+        return g, (None,) * len(seen), given
+    x, weight, *more = seen
+    return None, (pull(weight, g).astype(x.dtype), None, *(None for _ in more)), given
 
 
-tap.defvjp(lambda made, pull, y, x, weight, zeros: (y, (x, weight)), _backward)
+tap.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as nnx wants of what is static
@@ -84,17 +92,29 @@ class Use:
         """The same use, told in another way."""
         return dataclasses.replace(self, way=way, held=held)
 
+    def pulled(self, weight: jax.Array, total: jax.Array) -> jax.Array:
+        """As the rule's, for all stacked layers."""
+        pulled = self.rule.pulled
+        for _ in self.stack:
+            pulled = jax.vmap(pulled)
+        return pulled(weight, total)
+
     def attribute(self, what: str) -> str:
         """Where the tap called ``what`` hangs on the module."""
         return f"dp_tap{self.method}{what}"
 
-    def made(self, x: jax.Array, g: jax.Array) -> dict[str, jax.Array]:
-        """What the taps are given."""
-        return self.rule.found(x, g, self.way, held=self.held)
+    def made(self, g: jax.Array, x: jax.Array, *more: jax.Array) -> dict[str, jax.Array]:
+        """What the taps are given; ``more`` is the weight, and y where the rule needs it."""
+        return self.rule.found(x, g, self.way, *more, held=self.held)
+
+    def seen(self, x: Any, weight: Any, y: Any) -> tuple:
+        """What the backward pass needs beside g."""
+        return (x, weight, y) if self.way in self.rule.need_outputs else (x, weight)
 
     def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Their shapes, as stored on the module."""
-        found = jax.eval_shape(self.made, self.x, self.y)
+        weight = jax.ShapeDtypeStruct(self.rule.shape, self.y.dtype)
+        found = jax.eval_shape(self.made, self.y, *self.seen(self.x, weight, self.y))
         return {
             what: jax.ShapeDtypeStruct((*self.stack, *a.shape), a.dtype)
             for what, a in found.items()
@@ -103,18 +123,17 @@ class Use:
     def __call__(self, original: Callable, module: nnx.Module, x, *args, **kwargs) -> jax.Array:
         """The layer's own output, with its taps."""
         pull = self.rule.pull if self.rule.pulls else None
-        seen = jax.lax.stop_gradient(x) if pull else x
-        y = original(module, seen, *args, **kwargs)
+        y = original(module, jax.lax.stop_gradient(x) if pull else x, *args, **kwargs)
         zeros = {what: getattr(module, self.attribute(what))[...] for what in self.taps()}
         weight = getattr(module, self.rule.weight)[...]
-        return tap(self.made, pull, y, x, weight, zeros)
+        return tap(self.made, pull, y, self.seen(x, weight, y), zeros)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Look(Use):
-    """Notes sizes in ``seen``, and counts calls by the cotangent of a tap."""
+    """Notes sizes in ``noted``, and counts calls by the cotangent of a tap."""
 
-    seen: list[tuple] = dataclasses.field(default_factory=list)
+    noted: list[tuple] = dataclasses.field(default_factory=list)
 
     def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
         """One number for each stacked layer."""
@@ -125,21 +144,21 @@ class Look(Use):
         y = jax.eval_shape(lambda: original(module, x, *args, **kwargs))
         y = jax.ShapeDtypeStruct(y.shape, y.dtype)
         own = getattr(module, self.rule.weight)[...].shape
-        self.seen.append((x.shape, x.dtype, y.shape, y.dtype, own))
+        self.noted.append((x.shape, x.dtype, y.shape, y.dtype, own))
         fake = checkpoint_name(jnp.zeros(y.shape, y.dtype) + jnp.sum(x).astype(y.dtype), self.name)
         calls = getattr(module, self.attribute("calls"))[...]
-        return tap(lambda x, g: jnp.ones(calls.shape), None, fake, x, None, calls)
+        return tap(lambda g, x: jnp.ones(calls.shape), None, fake, (x,), calls)
 
     @property
     def size(self) -> int:
         """Of the output."""
-        return math.prod(self.seen[0][2])
+        return math.prod(self.noted[0][2])
 
     def settled(self) -> Use | None:
         """The use, if all its traces were alike."""
-        if len(set(self.seen)) != 1:
+        if len(set(self.noted)) != 1:
             return None
-        (x, x_type, y, y_type, own) = self.seen[0]
+        (x, x_type, y, y_type, own) = self.noted[0]
         if own != self.rule.shape:
             return None
         x, y = jax.ShapeDtypeStruct(x, x_type), jax.ShapeDtypeStruct(y, y_type)
@@ -248,8 +267,9 @@ class Parts:
         for path, module in modules.items():
             trained = [n for n in own[path] if (*path, n) in self.paths]
             tied = any(owners[id(own[path][n])] > 1 for n in trained)
-            for method, kind in RULES.get(type(module), {}).items():
-                if trained and not tied and kind.takes(module):
+            for method, kinds in RULES.get(type(module), {}).items():
+                kind = next((kind for kind in kinds if kind.takes(module)), None)
+                if trained and not tied and kind:
                     rule = kind(module, trained)
                     stored = own[path][rule.weight].get_value().shape
                     extra = len(stored) - len(rule.shape)
@@ -279,7 +299,7 @@ class Parts:
         once = {
             look
             for look, found in zip(looks, calls, strict=True)
-            if sizes.get(look.name) == [look.size] and (found["calls"] == 1).all()
+            if look.noted and sizes.get(look.name) == [look.size] and (found["calls"] == 1).all()
         }
         never = {look for look in looks if look.name not in sizes}
         uses = []

@@ -80,7 +80,7 @@ class Recorded(JaxStep):
                 parts.append(taps["squared"].reshape(len(targets), -1).sum(1))
         for table, one, two in _tied(tapped.uses, found):
             parts.append(jax.vmap(table.rule.crossed)(one["x"], one["g"], two["x"], two["g"]))
-        return dict(zip(numbers, rows, strict=True)), found, sum(parts, jnp.zeros(len(targets)))
+        return dict(zip(numbers, rows, strict=True)), found, _total(parts, len(targets))
 
     def weighted_pass(
         self, params: nnx.State, inputs: Any, targets: jax.Array, weights: jax.Array
@@ -99,22 +99,32 @@ class Recorded(JaxStep):
         zeros = jax.tree.map(lambda a: jnp.zeros((len(targets), *a.shape), a.dtype), tapped.zeros())
         own, found = jax.grad(total, argnums=(0, 1))([leaves[n] for n in numbers], zeros)
         ones = jnp.ones_like(weights)
-        return self.state(dict(zip(numbers, own, strict=True)), self.summed(uses, found, ones))
+        sums = self.summed(params, uses, found, ones)
+        return self.state(dict(zip(numbers, own, strict=True)), sums)
 
-    def factors(self, squared: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @staticmethod
+    def factors(
+        squared: jax.Array, clip_norm: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """(min(1, C/‖g‖), ‖g‖) [P]; 0 for masked rows, and where ‖g‖² is not finite in float32."""
         keep = mask & jnp.isfinite(squared.astype(jnp.float32))
         norms = jnp.sqrt(jnp.where(keep, squared, 0))
-        factors = jnp.where(keep, jnp.minimum(1, self.privacy.clip_norm / norms), 0)
+        factors = jnp.where(keep, jnp.minimum(1, clip_norm / norms), 0)
         return factors, jnp.sqrt(jnp.where(mask, squared, 0))
 
     def summed(
-        self, uses: list[Use], found: list[Found], factors: jax.Array, good: jax.Array | None = None
+        self,
+        params: nnx.State,
+        uses: list[Use],
+        found: list[Found],
+        factors: jax.Array,
+        good: jax.Array | None = None,
     ) -> dict[int, jax.Array]:
         """
         {number: Σ_p factors_p · gradient_p} of what the uses take.
 
         Args:
+            params: of the model.
             uses: of the layers.
             found: what their taps were given, [P, ...].
             factors: [P].
@@ -126,15 +136,18 @@ class Recorded(JaxStep):
                 return weighted_rows(factors, taps[what])
             return _product(use, taps["x"], taps["g"], factors, good)
 
-        return self.added(uses, value, found)
+        return self.added(params, uses, value, found)
 
-    def added(self, uses: list[Use], value: Callable, found: list[Found]) -> dict[int, jax.Array]:
+    def added(
+        self, params: nnx.State, uses: list[Use], value: Callable, found: list[Found]
+    ) -> dict[int, jax.Array]:
         """{number: Σ value(use, its taps, ``weight`` or ``bias``)} over the uses of a parameter."""
         sums: dict[int, jax.Array] = {}
-        number = {path: n for n, path in enumerate(self._parts.paths)}
+        number, leaves = {p: n for n, p in enumerate(self._parts.paths)}, jax.tree.leaves(params)
         for use, taps in zip(uses, found, strict=True):
             for name, path in use.places.items():
                 n, part = number[path], value(use, taps, "bias" if name == "bias" else "weight")
+                part = part if name == "bias" else use.pulled(leaves[n], part)
                 sums[n] = sums[n] + part if n in sums else part
         return sums
 
@@ -182,6 +195,11 @@ class Recorded(JaxStep):
             balance=BALANCE[self.device.platform],
         )
         self.ways = {choice.layer.name: choice.way for choice in self.plan}
+
+
+def _total(parts: list, count: int) -> jax.Array:
+    # Rounding may leave the difference of a closed form below zero.
+    return jnp.maximum(sum(parts, jnp.zeros(count)), 0)
 
 
 def replaced(leaves: list, numbers: list[int], own: list) -> list:

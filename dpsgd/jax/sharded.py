@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpsgd.jax.mesh import SHARED, Kind, ManyDevices, mapped, noise_key
+from dpsgd.jax.mesh import SHARED, Kind, ManyDevices, mapped, noise_key, plus
 from dpsgd.ranks import Ranks
 
 AXES = ("data", "model")
@@ -150,54 +150,58 @@ class ShardedDevices(ManyDevices):
         )
 
     def norming(self, function: Callable) -> Callable:
-        """``(params, inputs, targets, mask) -> norms``."""
+        """``(params, clip_norm, inputs, targets, mask) -> norms``."""
 
-        def norms(params, *batch):
-            return function(self._gathered(params), *batch)
+        def norms(params, *rest):
+            return function(self._gathered(params), *rest)
 
-        return mapped(norms, self.mesh, (self.parts, ROWS, ROWS, ROWS), ROWS)
+        return mapped(norms, self.mesh, (self.parts, SHARED, ROWS, ROWS, ROWS), ROWS)
+
+    def first(self, tree: Any) -> Any:
+        """Parameters and a batch, as the first device of this process would have them whole."""
+        params, *batch = tree
+        return super().first((self._whole(params), *batch))
+
+    def buffers(self, size: int) -> Any:
+        """Memory for two flat arrays of noise, on each device."""
+        zeros = np.zeros((self.shards, size), np.float32)
+        return [self.put(zeros) for _ in range(2)]
 
     def accumulating(self, function: Callable) -> Callable:
-        """``(params, total, inputs, targets, mask) -> total``, a part on each device."""
+        """``(params, total, clip_norm, inputs, targets, mask) -> total``, in parts."""
 
-        def summed(params, total, *batch):
+        def summed(params, total, *rest):
             whole = self._gathered(params)
-            part = function(whole, jax.tree.map(jnp.zeros_like, whole), *batch)
+            part = function(whole, jax.tree.map(jnp.zeros_like, whole), *rest)
             return jax.tree.map(jnp.add, total, self._scattered(part))
 
-        return mapped(summed, self.mesh, (self.parts, self.sums, ROWS, ROWS, ROWS), self.sums)
+        takes = self.parts, self.sums, SHARED, ROWS, ROWS, ROWS
+        return mapped(summed, self.mesh, takes, self.sums)
 
     def drawing(self, function: Callable) -> Callable:
-        """``keys -> noise, keys``: each device's share of its part's noise."""
+        """``keys, std, buffers -> noise, keys``: each device's share of its part's noise."""
 
-        def share(key):
+        def share(key, std, old):
             if self.noise_placement == "split":
-                noise, key = function(key)
-                return jax.tree.map(lambda a: a * self.noise_share, noise), key
-            like = jax.eval_shape(function, key)[0]
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+                return function(key, std * self.noise_share, old)
+            zeros = jax.tree.map(jnp.zeros_like, old)
             first = jax.lax.axis_index("data") == 0
-            return jax.lax.cond(first, function, lambda key: (zeros, key), key)
+            return jax.lax.cond(first, function, lambda key, *_: (zeros, key), key, std, old)
 
-        return mapped(share, self.mesh, (OWN,), (self.sums, OWN))
+        return mapped(share, self.mesh, (OWN, SHARED, OWN), (OWN, OWN))
 
-    def updating(self, function: Callable) -> Callable:
-        """``(params, opt_state, total, noise, slots) -> params, opt_state, total, slots``."""
+    def updating(self, function: Callable, shaped: Callable) -> Callable:
+        """``(params, opt_state, total, noise, L, slots) -> params, opt_state, total, slots``."""
 
-        def summed(params, opt_state, total, noise, slots):
-            if noise is not None:
-                total = jax.tree.map(jnp.add, total, noise)
-            total = jax.lax.psum(total, "data")
+        def summed(params, opt_state, total, noise, size, slots):
+            total = jax.lax.psum(plus(total, noise, shaped), "data")
             if slots is not None:
                 slots = jax.lax.psum(slots[0], AXES)
-            return *function(params, opt_state, total, None), slots
+            return *function(params, opt_state, total, size), slots
 
-        def call(params, opt_state, total, noise, slots):
-            takes = (self.parts, self.state, self.sums, SHARED if noise is None else self.sums, OWN)
-            gives = (self.parts, self.state, self.sums, SHARED)
-            return mapped(summed, self.mesh, takes, gives)(params, opt_state, total, noise, slots)
-
-        return call
+        # The kinds are known once the parameters are cut.
+        takes = self.parts, self.state, self.sums, OWN, SHARED, OWN
+        return mapped(summed, self.mesh, takes, (self.parts, self.state, self.sums, SHARED))
 
     def here(self, params: Any) -> Any:
         """The whole parameters, for programs of this process; every process must ask for them."""

@@ -1,8 +1,9 @@
 """
 What every JAX method shares: checks, precision, a donated sum, noise once, the optimizer.
 
-A method gives ``_sum_and_norms(params, inputs, targets, mask)``. It is compiled once per shape, in
-``accumulate``, whose running sum is donated, so that it is updated in place.
+A method gives ``_sum_and_norms(params, clip_norm, inputs, targets, mask)``. It is compiled once per
+shape, in ``accumulate``, whose running sum is donated, so that it is updated in place. C, σC and L
+are arguments of the compiled functions: another ``privacy`` needs no other compilation.
 """
 
 from collections import Counter
@@ -17,7 +18,9 @@ import optax
 from flax import nnx
 
 from dpsgd.jax import weights
+from dpsgd.jax.check import examples_apart
 from dpsgd.jax.mesh import place_of
+from dpsgd.jax.noise import halves, normals
 from dpsgd.ranks import Ranks, digest
 
 MATMUL_PRECISION = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
@@ -131,15 +134,17 @@ class JaxStep:
         # The step donates its buffers, so it needs its own; committed, or the first call retraces.
         self.params = place.replicate(jax.tree.map(lambda a: a.copy(), params))
         self.opt_state = place.opt_state(optimizer, self.params)
-        self.total = self._zeros()
+        self.total, self._apart = self._zeros(), False
         self._key = place.keys(seed)
         parts = ("accumulate", "noise", "update")
         self._names = [f"{type(self).__name__}_{part}" for part in parts]
         accumulated = place.accumulating(self._accumulated)
         self._accumulate = self._jit(accumulated, self._names[0], donate_argnums=1)
-        # A function of its own: fused with the optimizer, XLA compiles both five times longer.
-        self._noise = self._jit(place.drawing(self._drawn), self._names[1], donate_argnums=0)
-        updated = place.updating(self._updated)
+        # A function of its own: fused with the optimizer, XLA compiles both five times longer. The
+        # arrays of the last draw are taken for the next one: new memory costs more than the noise.
+        drawn, options = place.drawing(self._drawn), {"donate_argnums": (0, 2), "keep_unused": True}
+        self._noise, self._noises = self._jit(drawn, self._names[1], **options), None
+        updated = place.updating(self._updated, self._shaped)
         self._update = self._jit(updated, self._names[2], donate_argnums=(0, 1, 2))
         self._norms = self._jit(place.norming(lambda *args: self._sum_and_norms(*args)[1]), "norms")
 
@@ -170,9 +175,19 @@ class JaxStep:
         return jax.tree.map(lambda a: self.place.put(laid_out(a)), (inputs, targets, mask))
 
     def accumulate(self, inputs: Any, targets: jax.Array, mask: jax.Array) -> None:
-        """Add the clipped gradients of the unmasked examples."""
+        """
+        Add the clipped gradients of the unmasked examples.
+
+        Raises:
+            ValueError: at the first call, a loss that mixes examples.
+        """
+        if self.private and not self._apart:
+            first = self.place.first((self.params, inputs, targets, mask))
+            examples_apart(self.loss, self._graph, first[0], self._rest, *first[1:])
+            self._apart = True
         self.place.pace(self.total)
-        self.total = self._accumulate(self.params, self.total, inputs, targets, mask)
+        clip_norm = self.privacy.clip_norm
+        self.total = self._accumulate(self.params, self.total, clip_norm, inputs, targets, mask)
 
     def declare(self, **facts: int) -> None:
         """Digests (``draw``) that must be the same in all processes at the next ``update``."""
@@ -181,11 +196,15 @@ class JaxStep:
     def update(self) -> None:
         """Noise once, divide by L, the optimizer, clear."""
         self.done += 1
-        noise = None
-        if self.private and self.privacy.noise_multiplier > 0:
-            noise, self._key = self._noise(self._key)
+        noise, std = None, self.privacy.noise_multiplier * self.privacy.clip_norm
+        if self.private and std > 0:
+            if self._noises is None:
+                self._noises = self.place.buffers(self._size)
+            noise, self._key = self._noise(self._key, std, self._noises)
+            self._noises = noise
+        size = self.privacy.expected_batch_size
         self.params, self.opt_state, self.total = self.place.update(
-            self._update, self.params, self.opt_state, self.total, noise
+            self._update, self.params, self.opt_state, self.total, noise, size
         )
 
     def synchronize(self) -> None:
@@ -201,7 +220,8 @@ class JaxStep:
 
     def norms(self, inputs: Any, targets: Any, mask: Any) -> np.ndarray:
         """Per-example gradient norms [P]; masked rows are 0."""
-        return np.asarray(self._norms(self.params, inputs, targets, mask))
+        clip_norm = self.privacy.clip_norm
+        return np.asarray(self._norms(self.params, clip_norm, inputs, targets, mask))
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Trainable parameters now, {name: array}."""
@@ -213,32 +233,39 @@ class JaxStep:
 
     def plan_bytes(self, inputs: Any, targets: Any, mask: Any) -> int:
         """XLA's own memory plan for one ``accumulate``: arguments, results and temporaries."""
-        lowered = self._accumulate.lower(self.params, self.total, inputs, targets, mask)
+        lowered = self._accumulate.lower(self.params, self.total, 1.0, inputs, targets, mask)
         plan = lowered.compile().memory_analysis()
         kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         return kept + plan.temp_size_in_bytes
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         raise NotImplementedError
 
-    def _accumulated(self, params, total, inputs, targets, mask):
-        return jax.tree.map(jnp.add, total, self._sum_and_norms(params, inputs, targets, mask)[0])
+    def _accumulated(self, params, total, clip_norm, *batch):
+        return jax.tree.map(jnp.add, total, self._sum_and_norms(params, clip_norm, *batch)[0])
 
-    def _drawn(self, key):
+    def _drawn(self, key, std, _):
+        # Two flat arrays: a generator per leaf would be compiled hundreds of times.
         key, own = jax.random.split(key)
-        leaves, tree = jax.tree.flatten(self.place.shapes(self.params))
-        std = self.privacy.noise_multiplier * self.privacy.clip_norm
-        # One flat draw: a generator per leaf would be compiled hundreds of times.
-        ends = np.cumsum([leaf.size for leaf in leaves])
-        noise = std * jax.random.normal(own, (ends[-1],), leaves[0].dtype)
-        # Without the barrier, XLA fuses the generator into every slice.
-        parts = jnp.split(jax.lax.optimization_barrier(noise), ends[:-1])
-        shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-        return jax.tree.unflatten(tree, shaped), key
+        return [std * z for z in normals(jax.random.key_data(own), self._size)], key
 
-    def _updated(self, params, opt_state, total, noise):
-        noisy = total if noise is None else jax.tree.map(jnp.add, total, noise)
-        gradient = jax.tree.map(lambda g: g / self.privacy.expected_batch_size, noisy)
+    @property
+    def _size(self) -> int:
+        leaves = jax.tree.leaves(self.place.shapes(self.params))
+        return halves([leaf.size for leaf in leaves])[1]
+
+    def _shaped(self, noise):
+        """The flat arrays as a tree like what a device holds of the parameters."""
+        leaves, tree = jax.tree.flatten(self.place.shapes(self.params))
+        places = halves([leaf.size for leaf in leaves])[0]
+        parts = [
+            noise[which][start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
+            for (which, start), leaf in zip(places, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, parts)
+
+    def _updated(self, params, opt_state, total, expected_batch_size):
+        gradient = jax.tree.map(lambda g: g / expected_batch_size, total)
         updates, opt_state = self.optimizer.update(gradient, opt_state, params)
         cleared = jax.tree.map(jnp.zeros_like, total)
         return optax.apply_updates(params, updates), opt_state, cleared

@@ -7,9 +7,9 @@ gets its noise. On a GPU it is one draw of Philox.
 
 Guarantees: the noise of step t is a function of (key, rank, t), so that an interrupted step can be
 repeated with its own noise and with no other's. The key is 128 bits of the operating system's
-entropy unless a seed is asked for; NumPy's SeedSequence makes the streams. Neither generator is
-cryptographic; normals are float32 by Box-Muller, so their tails and their grid are those of
-float32.
+entropy unless a seed is asked for; NumPy's SeedSequence and Philox make the states of the streams.
+None of the generators is cryptographic; normals are float32 by Box-Muller, so their tails and their
+grid are those of float32.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -30,18 +30,28 @@ class Noise:
         device: of the tensors that get noise.
         seed: a key to come back to (tests, benchmarks, a resumed run); None draws a fresh one.
         rank: ranks that were given one seed have different noise all the same.
+        streams: on a CPU; threads at most.
     """
 
-    def __init__(self, device: torch.device, seed: int | None = None, rank: int = 0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        seed: int | None = None,
+        rank: int = 0,
+        streams: int = STREAMS,
+    ) -> None:
         self._entropy, self._rank = np.random.SeedSequence(seed).entropy, rank
-        streams = STREAMS if device.type == "cpu" else 1
+        streams = streams if device.type == "cpu" else 1
         self.generators = [torch.Generator(device) for _ in range(streams)]
 
     def at(self, step: int) -> list[torch.Generator]:
         """The generators, at the beginning of ``step``."""
-        for stream, generator in enumerate(self.generators):
-            key = (self._rank, step, stream)
-            rekey(generator, np.random.SeedSequence(self._entropy, spawn_key=key))
+        key = np.random.SeedSequence(self._entropy, spawn_key=(self._rank, step))
+        words = np.random.Philox(key).random_raw(len(self.generators) * 312)
+        for generator, own in zip(
+            self.generators, np.split(words, len(self.generators)), strict=True
+        ):
+            _rekey(generator, own)
         return self.generators
 
     @torch.no_grad()
@@ -68,14 +78,14 @@ def _fill(generator, part: Tensor, std: float, divisor: float, block: int) -> No
         piece.add_(noise).div_(divisor)
 
 
-def rekey(generator: torch.Generator, key: np.random.SeedSequence) -> None:
-    """Begin the stream of ``key``."""
+def _rekey(generator: torch.Generator, words: np.ndarray) -> None:
+    # Begin the stream of ``words``, uint64 [312].
     if generator.device.type != "cpu":
-        generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        generator.manual_seed(int(words[0] >> 1))
         return
-    # manual_seed would use 32 bits; the state of the Mersenne Twister has 624 words.
+    # manual_seed would use 32 bits; the state of the Mersenne Twister has 624 words of them.
     generator.manual_seed(0)
     state = generator.get_state()
-    words = state.numpy().view(np.uint64)  # seed, counters, position, 624 words in 64 bits each
-    words[3 : 3 + 624] = key.generate_state(624, np.uint32)
+    held = state.numpy().view(np.uint64)  # seed, counters, position, 624 words in 64 bits each
+    held[3 : 3 + 624] = words.view(np.uint32)
     generator.set_state(state)

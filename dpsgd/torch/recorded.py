@@ -7,13 +7,16 @@ A method gives ``_squares`` and ``_add``. If an example's squared norm is not fi
 added, and the physical batch is run again with that example masked: its values never enter a sum.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -70,11 +73,9 @@ class Recorded(TorchStep):
     def norms(self, inputs, targets, mask):
         """Per-example gradient norms [P]; masked rows are 0."""
         self._ready(inputs, targets, mask)
-        with self._recording(mask) as run:
-            self._backward(run, self._losses(inputs, targets, mask), mask)
-            with torch.no_grad():
-                squares = self._squares(run)
-        return torch.where(mask, squares, torch.zeros_like(squares)).sqrt().cpu().numpy()
+        with self._normed(inputs, targets, mask) as (_, _, squares):
+            found = torch.where(mask, squares, torch.zeros_like(squares)).sqrt()
+        return found.cpu().numpy()
 
     # One physical batch
 
@@ -82,10 +83,18 @@ class Recorded(TorchStep):
         with self.autocast():
             return self.loss(self.model, select_rows(mask, inputs), targets)
 
-    def _recording(self, mask):
-        return self.recorder.recording(
+    @contextlib.contextmanager
+    def _normed(self, inputs, targets, mask) -> Iterator[tuple[Run, Tensor, Tensor]]:
+        """The run up to the norms: what was recorded, the losses [P], the squared norms [P]."""
+        with self.recorder.recording(
             len(mask), self.ways, frozen=not self.norms_only, norms_only=self.norms_only
-        )
+        ) as run:
+            losses = self._losses(inputs, targets, mask)
+            total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
+            run.backward(total, again=self.norms_only)
+            with torch.no_grad():
+                squares = self._squares(run)
+            yield run, losses, squares
 
     def _ready(self, inputs, targets, mask) -> None:
         # Plan at the first batch; check every number of examples where that can matter.
@@ -95,21 +104,13 @@ class Recorded(TorchStep):
             check.run(self, inputs, targets, mask, len(mask))
             self._sizes.add(len(mask))
 
-    def _backward(self, run: Run, losses: Tensor, mask: Tensor) -> None:
-        total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
-        run.backward(total, again=self.norms_only)
-
     def _attempt(self, inputs, targets, mask) -> Tensor | None:
         """Add the batch; or, where a squared norm is not finite, say which are."""
         self._ready(inputs, targets, mask)
-        with self._recording(mask) as run:
-            losses = self._losses(inputs, targets, mask)
-            self._backward(run, losses, mask)
-            with torch.no_grad():
-                squares = self._squares(run)
-                finite = squares.isfinite()
-                if not bool(finite.all()):
-                    return finite
+        with self._normed(inputs, targets, mask) as (run, losses, squares):
+            finite = squares.isfinite()
+            if not bool(finite.all()):
+                return finite
             self._add(run, losses, self._factors(squares, mask), self.views)
         return None
 
@@ -171,7 +172,7 @@ class Recorded(TorchStep):
             # Hugging Face looks at values (is any token masked?) unless it is being compiled.
             with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
                 graph = make_fx(batch)(named, *leaves)
-            self._graphs[key] = self.compiled(graph)
+            self._graphs[key] = self.compiled(_reshaped(graph))
         with torch.no_grad():
             squares, *sums = self._graphs[key](named, *leaves)
             finite = squares.isfinite()
@@ -181,12 +182,8 @@ class Recorded(TorchStep):
         return None
 
     def _traced(self, inputs, targets, mask) -> list[Tensor]:
-        with self._recording(mask) as run:
-            losses = self._losses(inputs, targets, mask)
-            self._backward(run, losses, mask)
-            with torch.no_grad():
-                squares = self._squares(run)
-                sums = [torch.zeros_like(p) for p in self.params]
+        with self._normed(inputs, targets, mask) as (run, losses, squares):
+            sums = [torch.zeros_like(p) for p in self.params]
             self._add(run, losses, self._factors(squares, mask), sums)
         return [squares, *sums]
 
@@ -228,6 +225,15 @@ class Recorded(TorchStep):
         if len(calls) == 1 and kinds == {Embedding, Linear} and len(rule.names) == 1:
             return ("tied",)
         return ("together",)
+
+
+def _reshaped(graph: GraphModule) -> GraphModule:
+    # The compiler assumes other strides than a traced kernel gives, where a view may not exist.
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return graph
 
 
 class _Whole(nn.Module):

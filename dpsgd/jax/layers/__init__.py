@@ -12,10 +12,12 @@ from dpsgd.jax.layers.base import Rule
 from dpsgd.jax.layers.conv import Conv
 from dpsgd.jax.layers.embed import Attend, Lookup
 from dpsgd.jax.layers.linear import Linear, LinearGeneral
+from dpsgd.jax.layers.standardized import StandardizedConv
 
-RULES: dict[type, dict[str, type[Rule]]] = {
-    nnx.Linear: {"__call__": Linear},
-    nnx.LinearGeneral: {"__call__": LinearGeneral},
-    nnx.Conv: {"__call__": Conv},
-    nnx.Embed: {"__call__": Lookup, "attend": Attend},
+# By method; of several rules, the first that takes the module.
+RULES: dict[type, dict[str, tuple[type[Rule], ...]]] = {
+    nnx.Linear: {"__call__": (Linear,)},
+    nnx.LinearGeneral: {"__call__": (LinearGeneral,)},
+    nnx.Conv: {"__call__": (Conv, StandardizedConv)},
+    nnx.Embed: {"__call__": (Lookup,), "attend": (Attend,)},
 }

@@ -50,6 +50,7 @@ class Rule:
     ways: tuple[str, ...] = cost.WAYS
     weight = "kernel"
     pulls = False  # whether ``pull`` is there
+    need_outputs: tuple[str, ...] = ()  # the ways that need y
 
     def __init__(self, module: Any, trained: list[str]) -> None:
         self.shape = self.shape_of(module)
@@ -77,7 +78,7 @@ class Rule:
         """Σ_T g, the gradient of the bias."""
         raise NotImplementedError
 
-    def found(self, x: jax.Array, g: jax.Array, way: str, *, held: bool) -> Found:
+    def found(self, x: jax.Array, g: jax.Array, way: str, *more: jax.Array, held: bool) -> Found:
         """
         What the backward pass hands out for one example.
 
@@ -86,6 +87,7 @@ class Rule:
             g: what came back to its output.
             way: ``keep`` hands out the gradients; ``gram`` and ``rebuild`` their squared norm;
                 ``none`` neither.
+            *more: the weight; and y, in the ways that need it.
             held: hand out x and g, too, unless the gradients are kept.
         """
         found: Found = {}
@@ -108,6 +110,10 @@ class Rule:
     def pull(self, weight: jax.Array, g: jax.Array) -> jax.Array:
         """dL/dx from g, by a faster product than autodiff's."""
         raise NotImplementedError
+
+    def pulled(self, weight: jax.Array, total: jax.Array) -> jax.Array:
+        """A sum of what the rule takes for gradients of the weight, as a sum of gradients."""
+        return total
 
     def ids(self, x: jax.Array) -> jax.Array:
         """Integers as floats, the only thing that a backward pass can hand out."""

@@ -27,11 +27,15 @@ class Conv(Rule):
 
     @classmethod
     def takes(cls, module: nnx.Conv) -> bool:
-        """With XLA's own convolution, no masked weights and no dilated input."""
+        """With XLA's own convolution."""
+        return module.conv_general_dilated is jax.lax.conv_general_dilated and cls.plain(module)
+
+    @staticmethod
+    def plain(module: nnx.Conv) -> bool:
+        """Without masked weights, and without a dilated input."""
         dilated = module.input_dilation
-        plain = dilated in (None, 1) or (not isinstance(dilated, int) and set(dilated) == {1})
-        own = default(module, conv_general_dilated=jax.lax.conv_general_dilated, mask=None)
-        return own and plain
+        none = dilated in (None, 1) or (not isinstance(dilated, int) and set(dilated) == {1})
+        return none and default(module, mask=None)
 
     @staticmethod
     def shape_of(module: nnx.Conv) -> tuple[int, ...]:

@@ -26,16 +26,16 @@ class Bookkeeping(Recorded):
 
     budgeted = True
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         uses = [u.told(self.ways[u.name], held=True) for u in self.uses(inputs, targets)]
         rows, found, squared = self.norm_pass(
             Tapped(self._parts, uses), params, select_rows(mask, inputs), targets
         )
-        factors, norms = self.factors(squared, mask)
+        factors, norms = self.factors(squared, clip_norm, mask)
         good = jnp.isfinite(squared.astype(jnp.float32))
         rows, found = _cleaned(rows, found, good)
         own = {n: weighted_rows(factors, r) for n, r in rows.items()}
-        return self.state(own, self.summed(uses, found, factors, good)), norms
+        return self.state(own, self.summed(params, uses, found, factors, good)), norms
 
 
 def _cleaned(rows, found, good):

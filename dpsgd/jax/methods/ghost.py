@@ -21,13 +21,13 @@ class Ghost(Recorded):
         """Only norms of what is dropped at once."""
         return tuple(way for way in ways if way != "keep") or ways
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         uses = self.uses(inputs, targets)
         tied = {u.path for u in uses for other in uses if u.path == other.path and u is not other}
         told = [use.told(self.ways[use.name], held=use.path in tied) for use in uses]
         inputs = select_rows(mask, inputs)
         _, _, squared = self.norm_pass(Tapped(self._parts, told), params, inputs, targets)
-        factors, norms = self.factors(squared, mask)
+        factors, norms = self.factors(squared, clip_norm, mask)
         # A bad example's gradient times 0 may be NaN: a good one with weight 0 stands in for it.
         good = jnp.isfinite(squared.astype(jnp.float32))
         stand_in = jnp.argmax(good)

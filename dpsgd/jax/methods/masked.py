@@ -26,7 +26,7 @@ class Masked(JaxStep):
         """One gradient per example, each leaf [P, ...]."""
         return jax.vmap(self._gradient, (None, 0, 0))(params, inputs, targets)
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         gradients = self._gradients(params, select_rows(mask, inputs), targets)
         squared = sum(
             jnp.square(g).reshape(len(mask), -1).sum(1) for g in jax.tree.leaves(gradients)
@@ -40,6 +40,6 @@ class Masked(JaxStep):
             (~finite.all(), gradients),
         )
         norms = jnp.sqrt(jnp.where(keep, squared, 0))
-        factors = jnp.where(keep, jnp.minimum(1, self.privacy.clip_norm / norms), 0)
+        factors = jnp.where(keep, jnp.minimum(1, clip_norm / norms), 0)
         total = jax.tree.map(lambda g: jnp.tensordot(factors, g, axes=1), gradients)
         return total, jnp.sqrt(jnp.where(mask, squared, 0))

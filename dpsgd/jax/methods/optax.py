@@ -16,10 +16,10 @@ from dpsgd.jax.step import select_rows
 class Optax(Masked):
     """Masked rows become zero gradients outside of Optax."""
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         gradients = self._gradients(params, select_rows(mask, inputs), targets)
         gradients = select_rows(mask, gradients)
         leaves, tree = jax.tree.flatten(gradients)
-        total, _ = optax.per_example_global_norm_clip(leaves, self.privacy.clip_norm)
+        total, _ = optax.per_example_global_norm_clip(leaves, clip_norm)
         squared = sum(jnp.square(g).reshape(len(mask), -1).sum(1) for g in leaves)
         return jax.tree.unflatten(tree, total), jnp.sqrt(squared)

@@ -15,7 +15,7 @@ class SGD(JaxStep):
 
     private = False
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         def total(params):
             losses = self.objective(params, select_rows(mask, inputs), targets)
             return jnp.where(mask, losses, 0).sum()

@@ -20,7 +20,7 @@ class SGDTuned(Recorded):
 
     private = False
 
-    def _sum_and_norms(self, params, inputs, targets, mask):
+    def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         uses = [use.told("keep", held=False) for use in self.uses(inputs, targets)]
         tapped, inputs = Tapped(self._parts, uses), select_rows(mask, inputs)
         leaves, numbers = jax.tree.leaves(params), self.others(uses)
@@ -31,7 +31,7 @@ class SGDTuned(Recorded):
             return jnp.where(mask, losses, 0).sum()
 
         own, found = jax.grad(total, argnums=(0, 1))([leaves[n] for n in numbers], tapped.zeros())
-        sums = self.added(uses, lambda use, taps, what: taps[what], found)
+        sums = self.added(params, uses, lambda use, taps, what: taps[what], found)
         return self.state(dict(zip(numbers, own, strict=True)), sums), None
 
     def norms(self, inputs, targets, mask):

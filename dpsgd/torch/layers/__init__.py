@@ -8,7 +8,7 @@ rule knows gets :class:`~dpsgd.torch.layers.other.Other`, correct and slower, fo
 from torch import nn
 
 from dpsgd.torch.layers.base import Rule
-from dpsgd.torch.layers.conv import Conv, StandardizedConv
+from dpsgd.torch.layers.conv import Conv
 from dpsgd.torch.layers.embedding import Embedding
 from dpsgd.torch.layers.linear import Linear, TransposedLinear
 from dpsgd.torch.layers.norm import (
@@ -20,6 +20,7 @@ from dpsgd.torch.layers.norm import (
     RMSNorm,
 )
 from dpsgd.torch.layers.other import Other
+from dpsgd.torch.layers.standardized import StandardizedConv
 
 # By type, or by qualified name where the type lives in a library that need not be there.
 RULES: dict[type | str, type[Rule]] = {

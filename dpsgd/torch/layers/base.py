@@ -242,9 +242,7 @@ class Product(Rule):
         """Squared norms [P], by Gram matrices or by gradients that are dropped at once."""
         total = 0.0
         if "weight" in self.trained:
-            total = (
-                self.rebuilt(seen) if way == "rebuild" else self.gram(*self.matrices(seen), seen)
-            )
+            total = self.rebuilt(seen) if way == "rebuild" else self.gram(seen)
         if "bias" in self.trained:
             total = total + square_rows(self.bias(seen.g, seen.examples))
         return total
@@ -268,9 +266,11 @@ class Product(Rule):
 
         return self.square_weights(self.weights(one, one.fresh), one)
 
-    def gram(self, inputs: Tensor, outputs: Tensor, seen: Seen) -> Tensor:
+    def gram(self, seen: Seen) -> Tensor:
         """‖GᵀX‖² = ⟨XXᵀ, GGᵀ⟩ [P], accumulated in float32."""
-        return kernels.gram_squares(inputs, outputs).view(seen.examples, -1).sum(1).clamp(min=0)
+        return (
+            kernels.gram_squares(*self.matrices(seen)).view(seen.examples, -1).sum(1).clamp(min=0)
+        )
 
     def add(self, seen: Seen, factors: Tensor, into: list[Tensor]) -> None:
         """Add the weighted sum, by one product over all examples and positions."""

@@ -14,6 +14,7 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch.utils._pytree import tree_map
 
+from dpsgd.torch.noise import Noise
 from dpsgd.torch.step import TorchStep
 
 
@@ -27,6 +28,7 @@ class Opacus(TorchStep):
         if self.compile:
             raise ValueError("every Opacus hook breaks torch.compile's graph: run it eager")
         self.module = self.wrapper(model, loss_reduction="sum", **self._wrapper_options())
+        self.noise = Noise(self.device, options.get("seed"), self.ranks.rank, streams=1)
         self.dp_optimizer = self.wrapped_optimizer(
             optimizer,
             noise_multiplier=self.noise_multiplier,  # its rank's part, from its rank's generator
