@@ -135,9 +135,15 @@ class Compiled:
     def __init__(self, jitted):
         self.jitted, self.program = jitted, None
 
+    def lower(self, *args):
+        self.program = self.program or self.jitted.lower(*args).compile()
+        return self
+
+    def compile(self):
+        return self.program
+
     def __call__(self, *args):
-        if self.program is None:
-            self.program = self.jitted.lower(*args).compile()
+        self.lower(*args)
         return self.program(*args)  # refuses arguments of other shapes or in other places
 
     def collectives(self):
@@ -336,7 +342,7 @@ def main(folder, *checks):
         trains(found := {})
         Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
-    patience_s = 4 if set(checks) & {"dies", "hangs", "first_dies"} else 60
+    patience_s = 10 if set(checks) & {"dies", "hangs", "first_dies"} else 60
     ranks, found = connect(device="cpu", timeout_s=patience_s), {}
     for check in checks:
         globals()[check](ranks, found.setdefault(check, {}))

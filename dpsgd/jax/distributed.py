@@ -60,6 +60,7 @@ def connect(*, device: str | None = None, timeout_s: float = 40.0) -> Ranks:
     if ranks.world == 1:
         return ranks
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     jax.distributed.initialize(
         coordinator_address(os.environ),
         ranks.world,

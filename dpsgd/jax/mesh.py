@@ -193,7 +193,7 @@ class ManyDevices:
         # Programs of every physical batch run here.
         self.home = self.mesh if self.even else self.own_mesh
         self.noise_share = self.world**-0.5  # of σC
-        self._updates = 0
+        self._updates, self._program = 0, None
 
     def put(self, rows: Any) -> Any:
         """An array [D·P, ...] of the batch to the devices, P rows each."""
@@ -308,15 +308,21 @@ class ManyDevices:
         self._updates += 1
         self.agreement.declare(step=self._updates)
         self.pace(total)
+        args = (
+            self._join(params, SHARED),
+            self._join(opt_state, SHARED),
+            self._join(total, self.own),
+            self._join(noise, self.own),
+            size,
+            self._join(self._slots(), self.own),
+        )
+        if self.ranks.world > 1:
+            if self._program is None:  # compiled before anyone waits for it
+                with self.ranks.busy():
+                    self._program = function.lower(*args).compile()
+            function = self._program
         with self.ranks.waiting(self._updates):
-            params, opt_state, total, slots = function(
-                self._join(params, SHARED),
-                self._join(opt_state, SHARED),
-                self._join(total, self.own),
-                self._join(noise, self.own),
-                size,
-                self._join(self._slots(), self.own),
-            )
+            params, opt_state, total, slots = function(*args)
             if slots is not None:
                 slots = np.asarray(slots)
         if slots is not None:
@@ -375,9 +381,9 @@ def place_of(
     **options: str,
 ) -> OneDevice | ManyDevices:
     """Where a step runs whose model is on ``device``; ``ranks`` and ``devices`` None: there."""
-    if ranks is None and devices is None:
-        devices = [device]
-    elif devices is None:
+    if ranks is None and devices is None and model_shards == 1:
+        return OneDevice(device)
+    if devices is None:
         devices = jax.devices(device.platform)
     if model_shards > 1:
         from dpsgd.jax.sharded import ShardedDevices
