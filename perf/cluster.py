@@ -33,18 +33,27 @@ class Template(string.Template):
     braceidpattern = "[a-z_]+"
 
 
-def grid(nodes: int, per_node: int, *, every: bool = False) -> list[tuple[int, int]]:
+def grid(nodes: int, per_node: int, wanted: str | None = None) -> list[tuple[int, int]]:
     """
     The sizes (nodes, devices of each): within one node first, then whole nodes.
 
+    Args:
+        nodes: all there will be.
+        per_node: devices of a node.
+        wanted: numbers of nodes, comma-separated, or ``all``; None doubles from 1.
+
     Raises:
-        ValueError: fewer than one of either.
+        ValueError: fewer than one of either, or more nodes wanted than there will be.
     """
     if nodes < 1:
         raise ValueError(f"--nodes is {nodes}; it must be at least 1")
     if per_node < 1:
         raise ValueError(f"--gpus-per-node is {per_node}; it must be at least 1")
-    counts = range(1, nodes + 1) if every else sizes(nodes)
+    counts = list(range(1, nodes + 1)) if wanted == "all" else sizes(nodes)
+    if wanted and wanted != "all":
+        counts = sorted({int(count) for count in wanted.split(",")})
+        if not 1 <= counts[0] <= counts[-1] <= nodes:
+            raise ValueError(f"--counts is {wanted}; each must lie in 1 … {nodes}, or say all")
     return [*((1, n) for n in sizes(per_node)[:-1]), *((n, per_node) for n in counts)]
 
 
@@ -84,7 +93,7 @@ def script(args: argparse.Namespace, folder: Path, steps: list[tuple[str, int, i
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[list[Job], str]:
     """(the jobs, unwritten; the script that runs them)."""
-    shapes = grid(args.nodes, args.gpus_per_node, every=args.every)
+    shapes = grid(args.nodes, args.gpus_per_node, args.counts)
     if args.check:
         steps = [("place", n, each, f"{n}x{each}") for n, each in shapes]
         return [], script(args, folder, steps)
@@ -151,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = options("perf.cluster", __doc__)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=4, help="of CPUs: ranks of a node")
-    parser.add_argument("--every", action="store_true", help="1, 2, 3 … nodes, not 1, 2, 4 …")
+    parser.add_argument("--counts", help="of nodes: 1,2,8 or all; default: 1, 2, 4 … all nodes")
     parser.add_argument("--cpus-per-task", type=int, default=8, help="cores of each rank")
     parser.add_argument("--time", default="04:00:00", help="of the job")
     parser.add_argument("--step-minutes", type=int, default=30, help="limit of one world size")

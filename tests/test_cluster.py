@@ -47,7 +47,9 @@ def test_the_script_sweeps_all_sizes_in_one_allocation(capsys, tmp_path):
 
 
 def test_cpu_ranks_and_every_size(capsys):
-    text = script(capsys, "--devices", "cpu", "--nodes", "3", "--gpus-per-node", "1", "--every")
+    text = script(
+        capsys, "--devices", "cpu", "--nodes", "3", "--gpus-per-node", "1", "--counts", "all"
+    )
     assert syntax(text)
     assert "--gpus-per-node" not in text
     assert "JAX_PLATFORMS=cpu" in text
@@ -63,6 +65,7 @@ def test_cpu_ranks_and_every_size(capsys):
         (["--nodes", "0"], "--nodes is 0"),
         (["--gpus-per-node", "0"], "--gpus-per-node is 0"),
         (["--rounds", "0"], "--rounds is 0"),
+        (["--nodes", "4", "--counts", "1,8"], "each must lie in 1 … 4"),
         (["--framework", "jax", "--methods", "torch-sgd"], "no method of jax"),
         (["--methods", "jax-nothing"], "did you mean"),
     ],

@@ -46,7 +46,16 @@ def finished(environment, printed, folder, timeout_s):
 
 def test_tasks_meet_on_one_to_twenty_nodes(environment, tmp_path):
     folder = tmp_path / "check"
-    options = ["--nodes", NODES, "--gpus-per-node", PER_NODE, "--cpus-per-task", 1, "--every"]
+    options = [
+        "--nodes",
+        NODES,
+        "--gpus-per-node",
+        PER_NODE,
+        "--cpus-per-task",
+        1,
+        "--counts",
+        "all",
+    ]
     printed = perf_cluster(environment, tmp_path, *options, "--check", "--folder", folder)
     said = finished(environment, printed, folder, 300)
     assert "failed" not in said, said
@@ -67,7 +76,18 @@ def test_tasks_meet_on_one_to_twenty_nodes(environment, tmp_path):
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_both_frameworks_train_over_eight_nodes(environment, tmp_path, framework):
     folder = tmp_path / "run"
-    options = ["--nodes", 8, "--gpus-per-node", 1, "--cpus-per-task", 1, "--devices", "cpu"]
+    options = [
+        "--nodes",
+        8,
+        "--counts",
+        "1,8",
+        "--gpus-per-node",
+        1,
+        "--cpus-per-task",
+        1,
+        "--devices",
+        "cpu",
+    ]
     options += ["--framework", framework, "--physical-batch", 8, "--rounds", 2, "--times", 1]
     options += ["--methods", f"{framework}-bookkeeping", "--scaling", "strong"]
     printed = perf_cluster(environment, tmp_path, *options, "--folder", folder)
@@ -78,7 +98,7 @@ def test_both_frameworks_train_over_eight_nodes(environment, tmp_path, framework
     run = saved.load(path)
     assert f"saved {path.relative_to(tmp_path)}" in said
     assert {row["status"] for row in run["rows"]} == {"ok"}
-    assert sorted({row["world_size"] for row in run["rows"]}) == [1, 2, 4, 8]
+    assert sorted({row["world_size"] for row in run["rows"]}) == [1, 8]
     methods = {(row["method"], row["sync"]) for row in run["rows"]}
     assert methods == {
         (f"{framework}-sgd", "once"),
@@ -86,7 +106,7 @@ def test_both_frameworks_train_over_eight_nodes(environment, tmp_path, framework
         (f"{framework}-bookkeeping", "once"),
     }
     assert len(run["machine_info"]["hosts"]) == 8
-    assert {row["nodes"] for row in run["rows"]} == {1, 2, 4, 8}
+    assert {row["nodes"] for row in run["rows"]} == {1, 8}
 
 
 def test_everything_is_shut_down(tmp_path):
