@@ -58,6 +58,8 @@ def _law_text(found: Law) -> str:
         if found.intervals:
             text += " [{:.5f}, {:.5f}]".format(*found.intervals[1])
         return text
+    if found.sigma >= 1:
+        return f"{text}: more ranks are no faster"
     return f"{text}, parallel part {1 - found.sigma:.2%}"
 
 
