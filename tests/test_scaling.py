@@ -282,7 +282,7 @@ def test_cpu_ranks_share_their_cores():
         {key: value for key, value in row.items() if key != "contention"}
         for row in synthetic((1, 2, 4), alpha=1e-4, beta=1e10)
     ]
-    info = {"device": "cpu", "cpu": {"count": 2}}
+    info = {"device": "cpu", "threads": 2}
     found = rows({"rows": data, "machine_info": info})
     assert {row["world_size"]: row["contention"] for row in found} == {1: 1, 2: 1, 4: 2}
     assert {row["contention"] for row in rows({"rows": data})} == {1}
