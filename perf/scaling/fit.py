@@ -97,7 +97,7 @@ class Fit:
         return local * row["contention"] + reductions * one
 
 
-def _link(world: float, size_bytes: float) -> tuple[float, float]:
+def _link(world: int, size_bytes: float) -> tuple[float, float]:
     """Factors of α and 1/β in one all-reduce."""
     return all_reduce_s(world, size_bytes, 1.0, np.inf), all_reduce_s(world, size_bytes, 0.0, 1.0)
 
