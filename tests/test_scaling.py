@@ -282,7 +282,7 @@ def test_cpu_ranks_share_their_cores():
         {key: value for key, value in row.items() if key != "contention"}
         for row in synthetic((1, 2, 4), alpha=1e-4, beta=1e10)
     ]
-    info = {"device": "cpu", "cpu": {"count": 2}}
+    info = {"device": "cpu", "threads": 2}
     found = rows({"rows": data, "machine_info": info})
     assert {row["world_size"]: row["contention"] for row in found} == {1: 1, 2: 1, 4: 2}
     assert {row["contention"] for row in rows({"rows": data})} == {1}
@@ -361,20 +361,36 @@ def test_the_command_draws_and_writes(tmp_path, capsys):
     assert str(stem.with_suffix(".svg")) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("grows", ["q", "N"])
-def test_weak_scaling_of_ranks_that_draw_their_own(grows, tmp_path):
-    args = ["--scaling", "weak", "--grows", grows, "--placement", "shard"]
-    assert command.main([*args, "--machine", "a100", "--out", str(tmp_path / "w")]) == 0
-    assert (tmp_path / "w.png").exists()
+@pytest.fixture
+def drawn(monkeypatch):
+    """What would be drawn: (series, title) of each figure."""
+    found = []
+    monkeypatch.setattr(
+        figure, "draw", lambda series, title, *_: found.append((series, title)) or []
+    )
+    return found
 
 
-def test_given_ranges_are_named_as_such(tmp_path):
-    args = ["--bytes-per-s", "1e9", "1e9", "1e9", "--out", str(tmp_path / "a")]
+@pytest.mark.parametrize(("grows", "last"), [("q", 160), ("N", 256)])
+def test_weak_scaling_of_ranks_that_draw_their_own(grows, last, drawn):
+    args = ["--scaling", "weak", "--grows", grows, "--placement", "shard", "--machine", "a100"]
+    assert command.main(args) == 0
+    ((series, title),) = drawn
+    assert "shard" in title
+    assert "predicted, not measured" in title
+    for line in series:
+        assert line.worlds[-1] == last
+        assert not line.measured
+        # Ranks that wait for the largest of their draws; at q = 1 all draws are equal.
+        assert (line.efficiency[-1].likely < 0.97) == (grows == "N")
+
+
+def test_given_ranges_are_named_as_such(tmp_path, drawn):
     page = tmp_path / "page.md"
     page.write_text("<!-- scaling -->\n<!-- end -->\n")
-    assert command.main([*args, "--write", str(page)]) == 0
+    assert command.main(["--bytes-per-s", "1e9", "1e9", "1e9", "--write", str(page)]) == 0
     assert "given on the command line" in page.read_text()
-    assert command.main(["--alpha-s", "3", "2", "1", "--out", str(tmp_path / "b")]) == 2
+    assert command.main(["--alpha-s", "3", "2", "1"]) == 2
 
 
 def test_a_measured_run_is_fitted_and_drawn(tmp_path, capsys):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from perf import saved
 from perf.scaling import figure, report
@@ -43,11 +44,9 @@ def _machine(args: argparse.Namespace) -> Machine:
     for name in RANGES:
         if value := getattr(args, name):
             low, likely, high = value
-            found = replace(
-                found,
-                sources=found.sources | {name: "given on the command line"},
-                **{name: Range(low=low, likely=likely, high=high)},
-            )
+            given: dict[str, Any] = {name: Range(low=low, likely=likely, high=high)}
+            sources = found.sources | {name: "given on the command line"}
+            found = replace(found, sources=sources, **given)
     return found
 
 

@@ -117,8 +117,14 @@ def draw(series: Sequence[Series], title: str, note: str, stem: Path) -> list[Pa
     lowest = np.floor(10 * min(value.low for value in reached)) / 10 - 0.1
     share.set_ylim(max(0, lowest), max(1.05, *(value.high + 0.05 for value in reached)))
     figure.suptitle(title, fontsize=12)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    share.text(0.02, 0.03, note, transform=share.transAxes, fontsize=8, color="0.25")
+    figure.legend(
+        loc="outside lower center",
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+        title=note,
+        title_fontsize=9,
+    )
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):

@@ -39,8 +39,11 @@ def rows(run: Row) -> list[Row]:
         if lacking := [name for name in NEEDED if name not in row]:
             raise saved.Unusable(f"{row.get('case', 'a row')} lacks {', '.join(lacking)}")
     info = run.get("machine_info", {})
-    cores = info.get("cpu", {}).get("count") if info.get("device") == "cpu" else None
-    return [row | {"contention": max(1.0, row["world_size"] / (cores or np.inf))} for row in found]
+    cores = info.get("threads", np.inf) if info.get("device") == "cpu" else np.inf
+    return [
+        row | {"contention": max(1.0, row["world_size"] / row.get("nodes", 1) / cores)}
+        for row in found
+    ]
 
 
 def key(row: Row) -> tuple:
@@ -94,7 +97,7 @@ class Fit:
         return local * row["contention"] + reductions * one
 
 
-def _link(world: float, size_bytes: float) -> tuple[float, float]:
+def _link(world: int, size_bytes: float) -> tuple[float, float]:
     """Factors of α and 1/β in one all-reduce."""
     return all_reduce_s(world, size_bytes, 1.0, np.inf), all_reduce_s(world, size_bytes, 0.0, 1.0)
 

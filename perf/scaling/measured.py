@@ -58,6 +58,8 @@ def _law_text(found: Law) -> str:
         if found.intervals:
             text += " [{:.5f}, {:.5f}]".format(*found.intervals[1])
         return text
+    if found.sigma >= 1:
+        return f"{text}: more ranks are no faster"
     return f"{text}, parallel part {1 - found.sigma:.2%}"
 
 
@@ -89,10 +91,10 @@ def describe(run: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _series(members: list[dict[str, Any]], fitted: fits.Fit) -> Series:
+def _series(members: list[dict[str, Any]], fitted: fits.Fit, beyond: bool) -> Series:
     first, worlds = members[0], [row["world_size"] for row in members]
     settings = dict(zip(worlds, members, strict=True))
-    if all(row["contention"] == 1 for row in members):
+    if beyond:
         for world in BEYOND:
             if world > worlds[-1]:
                 grown = world / worlds[-1] if first["scaling"] == "weak" else 1
@@ -145,5 +147,5 @@ def groups(run: dict[str, Any]) -> dict[str, tuple[str, str, list[Series]]]:
         title += f"\n{ON_CPU}" if cpu else ""
         note = f"points: measured. lines: the model, fitted to W ≤ {seen}; band: ±2 of its error"
         entry = found.setdefault(name, (title, note, []))
-        entry[2].append(_series(members, fits.fit(own, bare)))
+        entry[2].append(_series(members, fits.fit(own, bare), beyond=not cpu))
     return found
