@@ -176,7 +176,7 @@ def test_a_fault_ends_all_ranks_with_its_sentence(kind, victim, tmp_path):
     processes = launch.start("ranks_fault.py", 3, tmp_path, kind, str(victim))
     others = [process for rank, process in enumerate(processes) if rank != victim]
     try:
-        codes = [process.wait(60) for process in others]
+        codes = [process.wait(170) for process in others]
     finally:
         _, said = launch.finish([p for p in processes if p.kill() or True], tmp_path)
     said = [text for rank, text in enumerate(said) if rank != victim]
