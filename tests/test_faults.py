@@ -146,6 +146,22 @@ def test_all_ends_well(trio):
     trio.watches[0].stop()
 
 
+def test_a_store_that_hangs_cannot_hold_a_rank_that_ends():
+    left, hangs = threading.Event(), threading.Event()
+
+    class Hanging(Memory):
+        def set(self, key, value):
+            hangs.wait(60)
+
+    watch = Watch(1, 2, Hanging(), timeout_s=0.2, leave=lambda sentence: left.set())
+    threading.Thread(target=watch._guard, daemon=True).start()
+    end = threading.Thread(target=watch.stop, daemon=True)
+    end.start()
+    assert left.wait(60)
+    hangs.set()
+    end.join(60)
+
+
 def test_threads_tell_and_leave():
     """The same with real time: rank 1 is never there."""
     left = threading.Event()
