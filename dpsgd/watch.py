@@ -83,14 +83,12 @@ class Watch:
         self._since: float | None = None  # when this rank began to wait in a collective
         self._last_round = clock()
         self._seen: dict[str, tuple[Any, float]] = {}
-        self._stopped = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._stopped, self._ended = threading.Event(), threading.Event()
 
     def start(self) -> None:
         """Begin to tell and to read."""
         for work in (self._rounds, self._guard):
-            self._threads.append(threading.Thread(target=work, daemon=True))
-            self._threads[-1].start()
+            threading.Thread(target=work, daemon=True).start()
 
     def stop(self, error: BaseException | None = None) -> None:
         """
@@ -100,9 +98,8 @@ class Watch:
         """
         if self._stopped.is_set():
             return
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join(self.timeout_s)
+        self._stopped.set()  # the rounds; the guard still sees to it that the store answers
+        self._last_round = self._clock()
         with contextlib.suppress(Exception):
             self._state["end"] = "ended" if error is None else f"failed ({_named(error)})"
             self._tell()
@@ -110,8 +107,10 @@ class Watch:
             while self.rank == 0 and time.monotonic() < until:
                 others = [self._read(r) for r in range(1, self.world)]
                 if all(other and other["end"] for other in others) or self.verdict():
-                    return
+                    break
+                self._last_round = self._clock()
                 time.sleep(self.interval_s / 4)
+        self._ended.set()
 
     def progress(self) -> None:
         """Called now and then by whoever works: a rank without progress is taken to hang."""
@@ -190,7 +189,7 @@ class Watch:
         return None
 
     def _guard(self) -> None:
-        while not self._stopped.wait(self.interval_s):
+        while not self._ended.wait(self.interval_s):
             if found := self.overdue():
                 return self._leave(f"rank {self.rank} of {self.world} ends: {found}")
         return None

@@ -38,7 +38,7 @@ def start(script: str, world: int, folder: Path, *arguments: str, **env: str) ->
     return processes
 
 
-def finish(processes: list, folder: Path, timeout_s: float = 170) -> tuple[list[int], list[str]]:
+def finish(processes: list, folder: Path, timeout_s: float = 300) -> tuple[list[int], list[str]]:
     """Exit codes and stderr of all ranks; none is left behind."""
     try:
         codes = [process.wait(timeout_s) for process in processes]

@@ -10,7 +10,7 @@ import torch
 
 from dpsgd.torch.distributed import connect, disconnect
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 6.0
 
 
 def fault(kind):

@@ -146,6 +146,22 @@ def test_all_ends_well(trio):
     trio.watches[0].stop()
 
 
+def test_a_store_that_hangs_cannot_hold_a_rank_that_ends():
+    left, hangs = threading.Event(), threading.Event()
+
+    class Hanging(Memory):
+        def set(self, key, value):
+            hangs.wait(60)
+
+    watch = Watch(1, 2, Hanging(), timeout_s=0.2, leave=lambda sentence: left.set())
+    threading.Thread(target=watch._guard, daemon=True).start()
+    end = threading.Thread(target=watch.stop, daemon=True)
+    end.start()
+    assert left.wait(60)
+    hangs.set()
+    end.join(60)
+
+
 def test_threads_tell_and_leave():
     """The same with real time: rank 1 is never there."""
     left = threading.Event()
@@ -176,7 +192,7 @@ def test_a_fault_ends_all_ranks_with_its_sentence(kind, victim, tmp_path):
     processes = launch.start("ranks_fault.py", 3, tmp_path, kind, str(victim))
     others = [process for rank, process in enumerate(processes) if rank != victim]
     try:
-        codes = [process.wait(60) for process in others]
+        codes = [process.wait(170) for process in others]
     finally:
         _, said = launch.finish([p for p in processes if p.kill() or True], tmp_path)
     said = [text for rank, text in enumerate(said) if rank != victim]

@@ -22,7 +22,7 @@ def torchrun(*what, kill=""):
         env=os.environ | {"OMP_NUM_THREADS": "1", "KILL": kill, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=300,
         check=False,
     )
 
