@@ -12,11 +12,12 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 WAIT_S = 120
 
 
-def record(environment=os.environ) -> dict[str, object]:
+def record(environment=os.environ) -> dict[str, Any]:
     """Who this task is, by SLURM's account."""
     return {
         "rank": int(environment["SLURM_PROCID"]),
@@ -27,7 +28,7 @@ def record(environment=os.environ) -> dict[str, object]:
     }
 
 
-def serve(port: int, world: int, own: dict[str, object]) -> list[dict[str, object]]:
+def serve(port: int, world: int, own: dict[str, Any]) -> list[dict[str, Any]]:
     """Rank 0: wait for all the others, answer each with the number that came."""
     found, lines = [own], []
     with socket.create_server(("", port), backlog=world) as server:
@@ -44,7 +45,7 @@ def serve(port: int, world: int, own: dict[str, object]) -> list[dict[str, objec
     return sorted(found, key=lambda one: one["rank"])
 
 
-def visit(head: str, port: int, own: dict[str, object]) -> int:
+def visit(head: str, port: int, own: dict[str, Any]) -> int:
     """Another rank: say who this is; the number of ranks that came."""
     deadline = time.monotonic() + WAIT_S
     while True:
