@@ -5,14 +5,14 @@ import pytest
 
 from perf import padding, protocol
 
-SIZES = [20, 33, 0, 40]
+SIZES = [20, 33, 0]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(padding, "P", 8)
-        patch.setattr(padding, "CAP", 4)  # 32 examples: two of the draws overflow
+        patch.setattr(padding, "CAP", 4)  # 32 examples: one of the draws overflows
         yield
 
 
@@ -27,7 +27,7 @@ def test_all_ways_give_the_same_sum_and_none_cuts_a_draw_off():
         found[way] = [study.clipped_sum(draw) for draw in range(len(SIZES))]
         compiled[way] = study.step.compiles() - before
         if way == "dynamic":
-            assert [len(placed) for placed in study.draws] == [1, 2, 0, 2]
+            assert [len(placed) for placed in study.draws] == [1, 2, 0]
             cut = study.step.clipped_sum(*study.draws[1][0])
     for way in padding.WAYS:
         for got, want in zip(found[way], found["static"], strict=True):
@@ -35,12 +35,12 @@ def test_all_ways_give_the_same_sum_and_none_cuts_a_draw_off():
                 np.testing.assert_allclose(got[name], want[name], atol=2e-5)
     whole = found["static"][1]
     assert max(np.abs(cut[n] - whole[n]).max() for n in whole) > 1e-3, "a cut draw would be seen"
-    assert compiled == {"static": 1, "dynamic": 1, "multiple": 2, "recompile": 3}
+    assert compiled == {"static": 1, "dynamic": 1, "multiple": 2, "recompile": 2}
 
 
 def test_padding_is_counted_from_the_rows_that_are_computed():
     shares = [1 - sum(SIZES) / sum(padding.slots(way, n) for n in SIZES) for way in padding.WAYS]
-    assert shares == pytest.approx([1 - 93 / 104] * 3 + [0])
+    assert shares == pytest.approx([1 - 53 / 64] * 3 + [0])
     for way in padding.WAYS:
         for size in (0, 1, 8, 9, 32, 33, 100):
             assert sum(padding.calls(way, size)) >= padding.slots(way, size) >= size
