@@ -176,8 +176,8 @@ PROFILES: dict[str, tuple[Block, ...]] = {
         Block(model="vit-ti16-4blocks", physical_batch=16, modes=_BOTH),
         Block(model="vit-s16-4blocks", physical_batch=8),
     ),
-    # On 2 cores: ViT-Ti 15 min, BiT 12 and its sweep of L 5, DistilBERT 6 and frozen 12, compiled 3,
-    # memory included.
+    # On 2 cores: ViT-Ti 15 min, BiT 12 and its sweep of L 5, DistilBERT 6 and frozen 12, compiled
+    # 3, memory included.
     "full-torch": (
         _torch("vit-ti16", 16),
         _torch("bit-r50x1-128px", 8),
