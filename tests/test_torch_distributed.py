@@ -13,7 +13,7 @@ from dpsgd.torch.noise import Noise
 
 LEVEL = 1e-5  # of each χ² test; the noise of some is fresh in every run
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
-CHECKS = ("sums", "noise", "agreement", "opacus_traps")
+CHECKS = ("sums", "noise", "agreement", "opacus_traps", "sharded")
 SIZE = 9994  # parameters of the CNN
 
 
@@ -43,6 +43,11 @@ def test_one_all_reduce_per_logical_batch(found):
 def test_all_ranks_hold_the_same_bits(found):
     for name in found["sums"][0]:
         assert len({rank[name].get("bits") for rank in found["sums"]}) == 1, name
+
+
+@pytest.fixture
+def sharded(found):
+    return found["sharded"]
 
 
 def chi2_p_value(mean_square):
@@ -132,13 +137,3 @@ def test_each_coordinate_of_a_sharded_sum_gets_its_noise_once(sharded):
     bound = 5 * np.sqrt(2 / (3 * size))
     assert abs(mean_square - 1) < bound
     assert abs(mean_square * len(sharded) - 1) > bound, "noise per rank must be seen"
-
-
-@pytest.fixture(scope="module", params=WORLDS)
-def sharded(request, tmp_path_factory):
-    return [
-        rank["sharded"]
-        for rank in launch.results(
-            "ranks_torch.py", request.param, tmp_path_factory.mktemp("sharded"), "sharded"
-        )
-    ]
