@@ -24,7 +24,7 @@ def alone(tmp_path_factory):
 def pair(tmp_path_factory):
     """Two processes with two devices each."""
     folder = tmp_path_factory.mktemp("pair")
-    return results("ranks_jax.py", 2, folder, "processes", "sharded", "disagree", "poisson")
+    return results("ranks_jax.py", 2, folder, "processes", "disagree", "poisson")
 
 
 def assert_same(name, found):
@@ -36,6 +36,11 @@ def assert_same(name, found):
 
 def assert_collectives(found, accumulate, update):
     assert (found["accumulate"], found["update"]) == (accumulate, update)
+
+
+def assert_cut(found, shards):
+    assert 1 / shards <= found["held"] < 1.6 / shards, "small parameters are padded"
+    assert set(found["accumulate"]) == {"all-gather", "reduce-scatter"}
 
 
 def test_devices_of_one_process_give_the_result_of_one_device(alone):
@@ -57,23 +62,21 @@ def test_two_processes_give_the_result_of_one_device(pair):
         for found in ours:
             assert_same(name, found)
             assert found["world"] == 4
-            if name == "every":
+            if "cut" in name:
+                assert_cut(found, 4)
+                assert found["update"] == ["all-reduce"] * 2  # digests: over both axes
+            elif name == "every":
                 assert_collectives(found, ["all-reduce"], ["all-reduce"])  # of the digests
             else:
                 assert_collectives(found, [], ["all-reduce"])
         assert ours[0]["total"] == ours[1]["total"]
 
 
-def test_a_cut_model_gives_the_result_of_one_device(alone, pair):
-    for found in (alone, *pair):
-        assert len(found["sharded"]) == 3
-        for name, one in found["sharded"].items():
-            assert_same(name, one)
-            shards = int(name.split()[0])
-            assert 1 / shards <= one["held"] < 1.6 / shards, "small parameters are padded"
-            assert set(one["accumulate"]) == {"all-gather", "reduce-scatter"}
-            digests = found is not alone  # they are summed over both axes of the mesh
-            assert one["update"] == ["all-reduce"] * (1 + digests)
+def test_a_cut_model_gives_the_result_of_one_device(alone):
+    for shards, found in alone["sharded"].items():
+        assert_same("float64", found)
+        assert_cut(found, int(shards))
+        assert found["update"] == ["all-reduce"]
 
 
 def test_many_draws_compile_nothing_new(alone, pair):
