@@ -6,7 +6,7 @@ z_i = √(-2 ln u) cos θ,   z'_i = √(-2 ln u) sin θ
 
 The cipher of JAX's default generator, all rounds written out; sine and cosine as polynomials of an
 exactly reduced angle: plain arithmetic throughout, of which XLA makes one vector loop.
-``jax.random.normal`` takes some ten times as long on a CPU.
+``jax.random.normal`` takes several times as long on a CPU.
 
 Guarantees:
     - 32 bits of radius and 32 of angle for each pair; float32 arithmetic. |z| is at most
