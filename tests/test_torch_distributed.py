@@ -13,7 +13,7 @@ from dpsgd.torch.noise import Noise
 
 LEVEL = 1e-5  # of each χ² test; the noise of some is fresh in every run
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
-CHECKS = ("sums", "noise", "agreement", "opacus_traps", "sharded")
+CHECKS = ("sums", "noise", "agreement", "opacus_traps")
 SIZE = 9994  # parameters of the CNN
 
 
@@ -45,9 +45,12 @@ def test_all_ranks_hold_the_same_bits(found):
         assert len({rank[name].get("bits") for rank in found["sums"]}) == 1, name
 
 
-@pytest.fixture
-def sharded(found):
-    return found["sharded"]
+@pytest.fixture(scope="module", params=[pytest.param(w, marks=pytest.mark.slow) for w in (2, 4)])
+def sharded(request, tmp_path_factory):
+    """What all ranks found of sharded parameters."""
+    folder = tmp_path_factory.mktemp("sharded")
+    ranks = launch.results("ranks_torch.py", request.param, folder, "sharded")
+    return [rank["sharded"] for rank in ranks]
 
 
 def chi2_p_value(mean_square):
