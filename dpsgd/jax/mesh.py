@@ -193,7 +193,8 @@ class ManyDevices:
         # Programs of every physical batch run here.
         self.home = self.mesh if self.even else self.own_mesh
         self.noise_share = self.world**-0.5  # of σC
-        self._updates, self._program = 0, None
+        self._updates = 0
+        self._program: Any = None
 
     def put(self, rows: Any) -> Any:
         """An array [D·P, ...] of the batch to the devices, P rows each."""
@@ -297,7 +298,7 @@ class ManyDevices:
         return mapped(summed, self.mesh, takes, (SHARED, SHARED, kind, SHARED))
 
     def update(
-        self, function: Callable, params: Any, opt_state: Any, total: Any, noise: Any, size: float
+        self, function: Any, params: Any, opt_state: Any, total: Any, noise: Any, size: float
     ) -> Any:
         """
         The one sum over the devices, and the optimizer.

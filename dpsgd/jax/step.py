@@ -124,7 +124,8 @@ class JaxStep:
         split: Any = nnx.split(model, wrt, ...)
         self._graph, params, self._rest = split
         device = next(iter(jax.tree.leaves(params)[0].devices()))
-        options = {"noise_placement": noise_placement, "sync": sync, "model_shards": model_shards}
+        options: dict[str, Any] = {"noise_placement": noise_placement, "sync": sync}
+        options["model_shards"] = model_shards
         place = place_of(device, ranks, devices, **options)
         self.place, self.device, self.done = place, place.device, 0
         shapes = [(a.shape, str(a.dtype)) for a in jax.tree.leaves(params)]

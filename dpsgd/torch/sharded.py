@@ -56,15 +56,12 @@ class Sharded(Bookkeeping):
         self._ready(inputs, targets, mask)  # the plan, and its check, on the whole model
         self._shard()
         self.model.unshard()  # parameters that no layer owns are looked at before the forward pass
-        with self._recording(mask) as run:
-            losses = self._losses(inputs, targets, mask)
-            self._backward(run, losses, mask)
-            with torch.no_grad():
-                squares = self._squares(run)
-                finite = squares.isfinite()
-                if not bool(finite.all()):  # no second run, as others would have to join in it
+        with self._normed(inputs, targets, mask) as (run, losses, squares):
+            finite = squares.isfinite()
+            if not bool(finite.all()):  # no second run, as others would have to join in it
+                with torch.no_grad():
                     _silence(run, finite)
-                    mask = mask & finite
+                mask = mask & finite
             self._add(run, losses, self._factors(squares, mask), self.views)
 
     @torch.no_grad()
@@ -137,7 +134,7 @@ class Sharded(Bookkeeping):
 
     def _blocks(self) -> list[tuple[str, nn.Module]]:
         bare = [module for _, module, _ in self.recorder.bare]
-        found = []
+        found: list[tuple[str, nn.Module]] = []
         for name, module in self.model.named_modules():
             if not isinstance(module, nn.ModuleList):
                 continue
