@@ -19,7 +19,7 @@ from types import ModuleType
 
 from dpsgd import data as datasets
 from dpsgd import loop, methods, models
-from dpsgd.checkpoint import Folder, Keys, Resumable
+from dpsgd.checkpoint import Folder, Keys
 from dpsgd.loop import Interrupted
 from dpsgd.methods import METHODS, Method, Step
 from dpsgd.privacy import PrivacyConfig
@@ -202,8 +202,6 @@ def train(
             **(many if ranks.world > 1 or _devices(row) else {}),
         )
         if folder:
-            if not isinstance(step, Resumable):
-                raise ValueError(f"{method} cannot be resumed yet: leave the checkpoint out")
             folder.restore(step)
         seconds, charged = loop.run(
             step,

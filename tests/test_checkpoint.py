@@ -11,6 +11,7 @@ from test_faults import Memory
 
 from dpsgd import checkpoint, privacy
 from dpsgd.checkpoint import Folder, Keys
+from dpsgd.jax.step import JaxStep
 from dpsgd.ranks import Ranks
 from dpsgd.torch.step import TorchStep
 from dpsgd.train import main, train
@@ -30,10 +31,15 @@ class Killed(BaseException):
     """The process is gone: nobody cleans up."""
 
 
+def base(method="torch"):
+    return JaxStep if method.startswith("jax") else TorchStep
+
+
 def run_until(monkeypatch, at, after, **options):
     """Train and be killed in update ``at``, before or after the optimizer."""
+    of = base(options.get("method", "torch"))
     with monkeypatch.context() as patch:
-        real, calls = TorchStep.update, []
+        real, calls = of.update, []
 
         def update(self):
             calls.append(None)
@@ -43,7 +49,7 @@ def run_until(monkeypatch, at, after, **options):
                 raise Killed
             real(self)
 
-        patch.setattr(TorchStep, "update", update)
+        patch.setattr(of, "update", update)
         with pytest.raises(Killed):
             train(**OPTIONS, **options)
 
@@ -58,6 +64,8 @@ def parameters(result):
         ("torch-bookkeeping", "adam", True),
         ("torch-vmap", "sgd", False),
         ("torch-sgd", "adam", False),
+        ("jax-bookkeeping", "adam", True),
+        ("jax-sgd", "sgd", False),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(monkeypatch, tmp_path, method, optimizer, after):
@@ -83,25 +91,29 @@ def test_opacus_resumes_too(monkeypatch, tmp_path):
     np.testing.assert_array_equal(parameters(resumed), parameters(whole))
 
 
+@pytest.mark.parametrize("method", ["torch-vmap", "jax-masked"])
 @pytest.mark.parametrize("forgotten", ["the number of the step", "the optimizer", "the draws"])
-def test_the_comparison_rejects_what_is_forgotten(monkeypatch, tmp_path, forgotten):
-    whole = train(**OPTIONS, seed=3)
-    run_until(monkeypatch, 5, True, seed=3, checkpoint=tmp_path)
-    restore = TorchStep.restore
+def test_the_comparison_rejects_what_is_forgotten(monkeypatch, tmp_path, method, forgotten):
+    options = {**OPTIONS, "method": method}
+    whole = train(**options, seed=3)
+    run_until(monkeypatch, 5, True, method=method, seed=3, checkpoint=tmp_path)
+    restore = base(method).restore
     if forgotten == "the number of the step":
-        monkeypatch.setattr(TorchStep, "restore", lambda self, state, done: restore(self, state, 0))
+        monkeypatch.setattr(base(method), "restore", lambda self, state, _: restore(self, state, 0))
     elif forgotten == "the optimizer":
 
         def model_alone(self, state, done):
-            restore(self, {n: a for n, a in state.items() if n.startswith("model")}, done)
+            of_model = {n: a for n, a in state.items() if n.startswith("model")}
+            fresh = {n: a for n, a in self.state().items() if n.startswith("optimizer")}
+            restore(self, of_model | fresh, done)
 
-        monkeypatch.setattr(TorchStep, "restore", model_alone)
+        monkeypatch.setattr(base(method), "restore", model_alone)
     else:
         from dpsgd import train as module
 
         real = module.rank_batches
         monkeypatch.setattr(module, "rank_batches", lambda *a, done, **o: real(*a, done=0, **o))
-    resumed = train(**OPTIONS, checkpoint=tmp_path, resume=True)
+    resumed = train(**options, checkpoint=tmp_path, resume=True)
     assert not np.array_equal(parameters(resumed), parameters(whole))
 
 

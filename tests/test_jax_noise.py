@@ -101,14 +101,12 @@ def test_each_update_has_noise_of_its_own():
         physical_batch_size=4,
         seed=1,
     )
-    flat, keys = [], set()
+    flat = []
     for _ in range(3):
         before = step.parameters()
-        keys.add(np.asarray(jax.random.key_data(step._key)).tobytes())
         step.update()
         after = step.parameters()
         flat.append(np.concatenate([(after[n] - before[n]).ravel() for n in before]) * 10)
-    assert len(keys) == 3
     for k, z in enumerate(flat):
         assert faults(z) == []
         for other in flat[:k]:

@@ -57,14 +57,14 @@ def noise_key(seed: int | None, device_rank: int = 0) -> jax.Array:
     else:
         own = (device_rank,) if device_rank else ()
         data = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=own)).bytes(16)
-    # rbg: one hardware-friendly stream per key, several times faster than threefry.
+    # rbg's keys have the four words that dpsgd.jax.noise takes.
     return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="rbg")
 
 
 class OneDevice:
     """No mesh: functions run as they are."""
 
-    shards, world, device_ranks, even = 1, 1, (0,), False
+    shards, world, device_ranks, even, resumable = 1, 1, (0,), False, True
 
     def __init__(self, device: jax.Device) -> None:
         self.device = device
@@ -114,7 +114,7 @@ class OneDevice:
         return function
 
     def drawing(self, function: Callable) -> Callable:
-        """``key, std, buffers -> noise, key``."""
+        """``key, number, std, buffers -> noise`` of the update with that number."""
         return function
 
     def updating(self, function: Callable, shaped: Callable) -> Callable:
@@ -158,7 +158,7 @@ class ManyDevices:
             those of ``jax.distributed``.
     """
 
-    own = OWN
+    own, resumable = OWN, True
 
     def __init__(
         self,
@@ -263,20 +263,19 @@ class ManyDevices:
         return mapped(summed, self.mesh, (SHARED, SHARED, SHARED, ROWS, ROWS, ROWS), SHARED)
 
     def drawing(self, function: Callable) -> Callable:
-        """``keys, std, buffers -> noise, keys``: each device's share of the noise."""
-        takes = OWN, SHARED, OWN
+        """``keys, number, std, buffers -> noise``: each device's share of it."""
+        takes = OWN, SHARED, SHARED, OWN
         if self.noise_placement == "split":
 
-            def share(key, std, old):
-                return function(key, std * self.noise_share, old)
+            def share(key, number, std, old):
+                return function(key, number, std * self.noise_share, old)
 
-            return mapped(share, self.own_mesh, takes, (OWN, OWN))
+            return mapped(share, self.own_mesh, takes, OWN)
 
-        def first(key, std, old, rank):
-            zeros = jax.tree.map(jnp.zeros_like, old)
-            return jax.lax.cond(rank == 0, function, lambda key, *_: (zeros, key), key, std, old)
+        def first(key, number, std, old, rank):
+            return jax.lax.cond(rank == 0, function, nothing, key, number, std, old)
 
-        drawn = mapped(first, self.own_mesh, (*takes, OWN), (OWN, OWN))
+        drawn = mapped(first, self.own_mesh, (*takes, OWN), OWN)
         return lambda *args: drawn(*args, jnp.asarray(self.device_ranks))
 
     def updating(self, function: Callable, shaped: Callable) -> Callable:
@@ -414,6 +413,11 @@ def _assembled(a, shape, mesh, kind):
     shards = {shard.device: shard.data for shard in a.addressable_shards}
     here = [shards[d] for d in mesh.devices.flat if d in shards]
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, kind.spec), here)
+
+
+def nothing(key: jax.Array, number: int, std: float, old: Any) -> Any:
+    """No noise, in the memory of the last."""
+    return jax.tree.map(jnp.zeros_like, old)
 
 
 def plus(total: Any, noise: Any, shaped: Callable) -> Any:

@@ -13,7 +13,7 @@ Guarantees:
       √(66 ln 2) = 6.76, beyond which a normal has probability 1.3e-11 (``jax.random.normal`` in
       float32: 5.42, 6e-8).
     - Up to 2³² pairs a key [4], none repeated: the cipher is a bijection of its second argument.
-      ``JaxStep`` splits off a new key for each draw, and uses none twice.
+      ``JaxStep`` derives the key of each draw from its own and the number of the update.
     - Threefry-2x32-20 passes BigCrush (Salmon et al., SC 2011). It is not cryptographic, and
       float32 noise is not proof against attacks on its least significant bits (Mironov, CCS 2012).
 """

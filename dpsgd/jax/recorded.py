@@ -100,7 +100,7 @@ class Recorded(JaxStep):
         own, found = jax.grad(total, argnums=(0, 1))([leaves[n] for n in numbers], zeros)
         ones = jnp.ones_like(weights)
         sums = self.summed(params, uses, found, ones)
-        return self.state(dict(zip(numbers, own, strict=True)), sums)
+        return self.tree_of(dict(zip(numbers, own, strict=True)), sums)
 
     @staticmethod
     def factors(
@@ -151,7 +151,7 @@ class Recorded(JaxStep):
                 sums[n] = sums[n] + part if n in sums else part
         return sums
 
-    def state(self, *leaves: dict[int, jax.Array]) -> nnx.State:
+    def tree_of(self, *leaves: dict[int, jax.Array]) -> nnx.State:
         """{number: array} as a state of the parameters."""
         whole = {n: a for part in leaves for n, a in part.items()}
         like = jax.tree.leaves(self._parts.params)

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpsgd.jax.mesh import SHARED, Kind, ManyDevices, mapped, noise_key, plus
+from dpsgd.jax.mesh import SHARED, Kind, ManyDevices, mapped, noise_key, nothing, plus
 from dpsgd.ranks import Ranks
 
 AXES = ("data", "model")
@@ -56,7 +56,7 @@ class ShardedDevices(ManyDevices):
         ValueError: as there; or M does not fit, or a parameter or the optimizer cannot be cut.
     """
 
-    own = OWN
+    own, resumable = OWN, False
 
     def __init__(
         self,
@@ -179,16 +179,15 @@ class ShardedDevices(ManyDevices):
         return mapped(summed, self.mesh, takes, self.sums)
 
     def drawing(self, function: Callable) -> Callable:
-        """``keys, std, buffers -> noise, keys``: each device's share of its part's noise."""
+        """``keys, number, std, buffers -> noise``: each device's share of its part's noise."""
 
-        def share(key, std, old):
+        def share(key, number, std, old):
             if self.noise_placement == "split":
-                return function(key, std * self.noise_share, old)
-            zeros = jax.tree.map(jnp.zeros_like, old)
+                return function(key, number, std * self.noise_share, old)
             first = jax.lax.axis_index("data") == 0
-            return jax.lax.cond(first, function, lambda key, *_: (zeros, key), key, std, old)
+            return jax.lax.cond(first, function, nothing, key, number, std, old)
 
-        return mapped(share, self.mesh, (OWN, SHARED, OWN), (OWN, OWN))
+        return mapped(share, self.mesh, (OWN, SHARED, SHARED, OWN), OWN)
 
     def updating(self, function: Callable, shaped: Callable) -> Callable:
         """``(params, opt_state, total, noise, L, slots) -> params, opt_state, total, slots``."""

@@ -7,7 +7,7 @@ are arguments of the compiled functions: another ``privacy`` needs no other comp
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,7 +143,7 @@ class JaxStep:
         self._accumulate = self._jit(accumulated, self._names[0], donate_argnums=1)
         # A function of its own: fused with the optimizer, XLA compiles both five times longer. The
         # arrays of the last draw are taken for the next one: new memory costs more than the noise.
-        drawn, options = place.drawing(self._drawn), {"donate_argnums": (0, 2), "keep_unused": True}
+        drawn, options = place.drawing(self._drawn), {"donate_argnums": 3, "keep_unused": True}
         self._noise, self._noises = self._jit(drawn, self._names[1], **options), None
         updated = place.updating(self._updated, self._shaped)
         self._update = self._jit(updated, self._names[2], donate_argnums=(0, 1, 2))
@@ -201,8 +201,7 @@ class JaxStep:
         if self.private and std > 0:
             if self._noises is None:
                 self._noises = self.place.buffers(self._size)
-            noise, self._key = self._noise(self._key, std, self._noises)
-            self._noises = noise
+            noise = self._noises = self._noise(self._key, self.done, std, self._noises)
         size = self.privacy.expected_batch_size
         self.params, self.opt_state, self.total = self.place.update(
             self._update, self.params, self.opt_state, self.total, noise, size
@@ -223,6 +222,20 @@ class JaxStep:
         """Per-example gradient norms [P]; masked rows are 0."""
         clip_norm = self.privacy.clip_norm
         return np.asarray(self._norms(self.params, clip_norm, inputs, targets, mask))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Model and optimizer, by name; nothing secret."""
+        return {name: np.asarray(a) for name, a in _named(self._kept())}
+
+    def restore(self, state: Mapping[str, np.ndarray], done: int) -> None:
+        """Come back to ``state`` after ``done`` updates; the noise goes on from there."""
+        kept = self._kept()
+        # NumPy's files know bfloat16 as two bytes without a meaning.
+        leaves = [jnp.asarray(state[name].view(like.dtype)) for name, like in _named(kept)]
+        kept = jax.tree.unflatten(jax.tree.structure(kept), leaves)
+        self.params = self.place.replicate(kept["model"])
+        self.opt_state = self.place.replicate(kept["optimizer"])
+        self.done = done
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Trainable parameters now, {name: array}."""
@@ -245,10 +258,10 @@ class JaxStep:
     def _accumulated(self, params, total, clip_norm, *batch):
         return jax.tree.map(jnp.add, total, self._sum_and_norms(params, clip_norm, *batch)[0])
 
-    def _drawn(self, key, std, _):
+    def _drawn(self, key, number, std, _):
         # Two flat arrays: a generator per leaf would be compiled hundreds of times.
-        key, own = jax.random.split(key)
-        return [std * z for z in normals(jax.random.key_data(own), self._size)], key
+        own = jax.random.key_data(jax.random.fold_in(key, number))
+        return [std * z for z in normals(own, self._size)]
 
     @property
     def _size(self) -> int:
@@ -271,6 +284,11 @@ class JaxStep:
         cleared = jax.tree.map(jnp.zeros_like, total)
         return optax.apply_updates(params, updates), opt_state, cleared
 
+    def _kept(self) -> dict[str, Any]:
+        if not self.place.resumable:
+            raise ValueError("a sharded run cannot be resumed: leave the checkpoint out")
+        return {"model": self.place.here(self.params), "optimizer": self.place.here(self.opt_state)}
+
     def _zeros(self) -> nnx.State:
         return self.place.zeros(self.params)
 
@@ -281,3 +299,9 @@ class JaxStep:
 
         traced.__name__ = traced.__qualname__ = name
         return jax.jit(traced, **options)
+
+
+def _named(tree: Any) -> list[tuple[str, jax.Array]]:
+    """[(path, leaf)], such as ``model/blocks/0/kernel/value``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]

@@ -35,7 +35,7 @@ class Bookkeeping(Recorded):
         good = jnp.isfinite(squared.astype(jnp.float32))
         rows, found = _cleaned(rows, found, good)
         own = {n: weighted_rows(factors, r) for n, r in rows.items()}
-        return self.state(own, self.summed(params, uses, found, factors, good)), norms
+        return self.tree_of(own, self.summed(params, uses, found, factors, good)), norms
 
 
 def _cleaned(rows, found, good):

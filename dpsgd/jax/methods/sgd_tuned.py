@@ -32,7 +32,7 @@ class SGDTuned(Recorded):
 
         own, found = jax.grad(total, argnums=(0, 1))([leaves[n] for n in numbers], tapped.zeros())
         sums = self.added(params, uses, lambda use, taps, what: taps[what], found)
-        return self.state(dict(zip(numbers, own, strict=True)), sums), None
+        return self.tree_of(dict(zip(numbers, own, strict=True)), sums), None
 
     def norms(self, inputs, targets, mask):
         """Not there: the gradients of single examples are never formed."""
