@@ -9,7 +9,7 @@ from scipy import stats
 
 from dpsgd.ranks import Ranks
 from dpsgd.torch.distributed import noise_share
-from dpsgd.torch.noise import Noise
+from dpsgd.torch.noise import SLICE, Noise
 
 LEVEL = 1e-5  # of each χ² test; the noise of some is fresh in every run
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
@@ -82,21 +82,24 @@ def test_opacus_own_sampler_shares_positions_and_drops_empty_draws(found):
     assert len(set(yielded)) > 1, "so ranks drift apart"
 
 
-def noise_of(seed, rank, step, size=4000):
+def noise_of(seed, rank, step, size):
     flat = torch.zeros(size)
     Noise(flat.device, seed, rank).add(flat, 1.0, 1.0, step)
     return flat.numpy()
 
 
-def test_noise_is_a_function_of_key_rank_and_step():
-    base = noise_of(3, 0, 1)
-    np.testing.assert_array_equal(base, noise_of(3, 0, 1))
-    others = [noise_of(4, 0, 1), noise_of(3, 1, 1), noise_of(3, 0, 2), noise_of(None, 0, 1)]
+@pytest.mark.parametrize("size", [4000, 3 * SLICE])  # one stream; three
+def test_noise_is_a_function_of_key_rank_and_step(size):
+    base = noise_of(3, 0, 1, size)
+    np.testing.assert_array_equal(base, noise_of(3, 0, 1, size))
+    others = [noise_of(*key, size) for key in ((4, 0, 1), (3, 1, 1), (3, 0, 2), (None, 0, 1))]
+    others.append(np.roll(base, size // 3))
     for other in others:
-        assert abs(np.corrcoef(base, other)[0, 1]) < 5 / np.sqrt(base.size)
+        assert abs(np.corrcoef(base, other)[0, 1]) < 5 / np.sqrt(size)
+    assert abs(np.mean(np.square(base)) - 1) < 5 * np.sqrt(2 / size)
     # One run of steps: the same generator objects, moved from step to step, come back.
-    noise, flat = Noise(torch.device("cpu"), 3), torch.zeros(4000)
-    noise.add(torch.zeros(4000), 1.0, 1.0, 2)
+    noise, flat = Noise(torch.device("cpu"), 3), torch.zeros(size)
+    noise.add(torch.zeros(size), 1.0, 1.0, 2)
     noise.add(flat, 1.0, 1.0, 1)
     np.testing.assert_array_equal(base, flat.numpy())
 

@@ -2,8 +2,8 @@
 Gaussian noise for the flat sum of a logical batch: s ← (s + std·N(0, I)) / L, in place.
 
 On a CPU, PyTorch draws normals in one thread, which for a large model takes longer than the
-optimizer. Here fixed slices have a Mersenne Twister each, and a block that is still in the cache
-gets its noise. On a GPU it is one draw of Philox.
+optimizer. Here fixed slices have a Mersenne Twister each, as many as their length is worth, and a
+block that is still in the cache gets its noise. On a GPU it is one draw of Philox.
 
 Guarantees: the noise of step t is a function of (key, rank, t), so that an interrupted step can be
 repeated with its own noise and with no other's. The key is 128 bits of the operating system's
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STREAMS = 8  # fixed, so that a seed gives the same noise whatever the number of threads
+STREAMS = 8  # at most, whatever the number of threads, so that a seed gives the same noise
 BLOCK = 1 << 18
+SLICE = 1 << 17  # numbers that are worth a thread
 
 
 class Noise:
@@ -44,23 +45,23 @@ class Noise:
         streams = streams if device.type == "cpu" else 1
         self.generators = [torch.Generator(device) for _ in range(streams)]
 
-    def at(self, step: int) -> list[torch.Generator]:
-        """The generators, at the beginning of ``step``."""
+    def at(self, step: int, size: int = 1) -> list[torch.Generator]:
+        """The generators for ``size`` numbers, at the beginning of ``step``."""
+        generators = self.generators[: max(1, size // SLICE)]
         key = np.random.SeedSequence(self._entropy, spawn_key=(self._rank, step))
-        words = np.random.Philox(key).random_raw(len(self.generators) * 312)
-        for generator, own in zip(
-            self.generators, np.split(words, len(self.generators)), strict=True
-        ):
+        words = np.random.Philox(key).random_raw(len(generators) * 312)
+        for generator, own in zip(generators, np.split(words, len(generators)), strict=True):
             _rekey(generator, own)
-        return self.generators
+        return generators
 
     @torch.no_grad()
     def add(self, flat: Tensor, std: float, divisor: float, step: int) -> None:
         """``flat`` [n] ← (``flat`` + std·N(0, I)) / ``divisor``, with the noise of ``step``."""
-        generators = self.at(step)
+        generators = self.at(step, flat.numel())
         slices = flat.tensor_split(len(generators))
         if len(slices) == 1:
-            return _fill(generators[0], flat, std, divisor, flat.numel())
+            block = BLOCK if flat.device.type == "cpu" else flat.numel()
+            return _fill(generators[0], flat, std, divisor, block)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             tasks = [
                 pool.submit(_fill, generator, part, std, divisor, BLOCK)
