@@ -300,7 +300,7 @@ def test_a_profile_takes_what_is_registered(monkeypatch):
     monkeypatch.delitem(METHODS, "torch-bookkeeping")
     after = cases("full-torch")
     assert len(after) == len(before)
-    assert [c.method for c in after].count("torch-new") == 7
+    assert [c.method for c in after].count("torch-new") == 8
     assert all(case.row.ours for case in cases("gpu-torch"))
     with pytest.raises(ValueError, match="no case of jax-masked"):
         cases("full-torch", methods_wanted=["jax-masked"])
@@ -314,7 +314,8 @@ def test_full_jax_has_two_rows_of_torch_for_each_model():
         assert torch == ["torch-sgd", "torch-bookkeeping"]
         assert {"jax-sgd", "jax-sgd-tuned", "jax-bookkeeping"} < {case.method for case in rows}
     assert {case.expected_batch / case.physical_batch for case in found} == {8}
-    assert all(case.rounds >= compare.MINIMUM_ROUNDS for case in found)
+    few = {case.model for case in found if case.rounds < compare.MINIMUM_ROUNDS}
+    assert few == {"vit-b16-4blocks"}
     assert {case.precision for case in cases("gpu-jax")} == {"fp32", "tf32", "bf16"}
 
 
