@@ -23,6 +23,7 @@ from flax import nnx
 
 from dpsgd import METHODS, PrivacyConfig, poisson_batches
 from dpsgd.jax.distributed import connect, disconnect
+from dpsgd.jax.step import JaxStep
 from dpsgd.ranks import Disagreement, Ranks
 from dpsgd.sampling import LogicalBatch, side_by_side
 from dpsgd.train import train
@@ -327,30 +328,39 @@ def hangs(ranks, found):
     _fated(ranks, 1, lambda: time.sleep(1000))
 
 
-def trains(found):
-    """The whole of a run, as the command line would start it."""
-    for method, options in {"jax-bookkeeping": {}, "jax-sgd": {"sync": "every"}}.items():
-        result = train(
-            method=method,
-            steps=4,
-            sample_rate=0.03,
-            noise_multiplier=0.0,
-            physical_batch_size=8,
-            optimizer="sgd",
-            learning_rate=0.5,
-            seed=3,
-            device="cpu",
-            **options,
-        )
-        found[method] = {n: a.tolist() for n, a in result.step.parameters().items()}
-        found[method]["accuracy"] = result.test_accuracy
-        found[method]["shards"] = result.step.shards
+def trains(folder, method, sigma):
+    """The whole of a run, as the command line would start it; $KILL is ``rank:update``."""
+    victim, _, at = os.environ.get("KILL", "").partition(":")
+    update = JaxStep.update
+
+    def fated(step):
+        if os.environ["RANK"] == victim and step.done + 1 == int(at):
+            os._exit(9)
+        update(step)
+
+    JaxStep.update = fated
+    result = train(
+        method=method,
+        steps=4,
+        sample_rate=0.03,
+        noise_multiplier=float(sigma),
+        physical_batch_size=8,
+        optimizer="adam",
+        seed=3,
+        device="cpu",
+        sync="every" if method == "jax-sgd" else "once",
+        checkpoint=Path(folder, "run"),
+        checkpoint_every=2,
+        resume=True,
+    )
+    found = {n: a.tolist() for n, a in result.step.parameters().items()}
+    return found | {"accuracy": result.test_accuracy, "shards": result.step.shards}
 
 
 def main(folder, *checks):
     jax.config.update("jax_num_cpu_devices", 4 // int(os.environ["WORLD_SIZE"]))
-    if checks == ("trains",):  # connects by itself
-        trains(found := {})
+    if checks[0] == "trains":  # connects by itself
+        found = trains(folder, *checks[1:])
         Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
     patience_s = 10 if set(checks) & {"dies", "hangs", "first_dies"} else 60

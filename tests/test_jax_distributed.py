@@ -139,14 +139,34 @@ def test_a_share_is_dealt_again_to_the_devices_of_a_process():
 
 
 @pytest.mark.slow
-def test_training_over_devices_and_processes_ends_at_the_same_parameters(tmp_path):
-    (one,) = results("ranks_jax.py", 1, tmp_path, "trains")
-    two = results("ranks_jax.py", 2, tmp_path, "trains")
-    for method, want in one.items():
-        assert [run[method].pop("shards") for run in (one, *two)] == [4, 2, 2]
-        accuracy = want.pop("accuracy")
-        assert two[0][method].pop("accuracy") == accuracy
-        assert np.isnan(two[1][method].pop("accuracy"))
-        for name in want:
-            assert two[0][method][name] == two[1][method][name], "ranks differ"
-            np.testing.assert_allclose(two[0][method][name], want[name], atol=1e-5)
+@pytest.mark.parametrize("method", ["jax-bookkeeping", "jax-sgd"])
+def test_training_over_devices_and_processes_ends_at_the_same_parameters(tmp_path, method):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    alone.mkdir()
+    both.mkdir()
+    (one,) = results("ranks_jax.py", 1, alone, "trains", method, "0")
+    two = results("ranks_jax.py", 2, both, "trains", method, "0")
+    assert [run.pop("shards") for run in (one, *two)] == [4, 2, 2]
+    accuracy = one.pop("accuracy")
+    assert two[0].pop("accuracy") == accuracy
+    assert np.isnan(two[1].pop("accuracy"))
+    assert two[0] == two[1], "ranks differ"
+    for name, want in one.items():
+        np.testing.assert_allclose(two[0][name], want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_resume_after_one_has_died(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    line = "ranks_jax.py", 2
+    want = results(*line, whole, "trains", "jax-bookkeeping", "1")
+    died = start(*line, broken, "trains", "jax-bookkeeping", "1", KILL="1:4")
+    codes, _ = finish(died, broken, timeout_s=170)
+    assert all(codes)
+    assert not (broken / "0.json").exists()
+    got = results(*line, broken, "trains", "jax-bookkeeping", "1")
+    assert got[0] == want[0]
+    files = {"checkpoint.npz", "keys", "keys.1", "ledger"}
+    assert {p.name for p in (broken / "run").iterdir()} == files
