@@ -14,7 +14,9 @@ nox.options.sessions = ["lint", "tests"]
 
 PARTS = pathlib.Path(".benchmarks/parts")
 EVERYTHING = ("torch", "jax", "peers-torch", "peers-jax")
-SIDE_BY_SIDE = ("-n", "2", "--dist", "loadscope")  # two files of tests at a time
+# Two files of tests at a time, with a thread each.
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadscope")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def install(session: nox.Session, *extras: str) -> None:
@@ -109,14 +111,15 @@ def tests(session: nox.Session) -> None:
     """Run the tests (at most 10 minutes on 2 cores)."""
     install(session, *EVERYTHING, "test")
     options = ["-m", "not slow", "--durations=15", *session.posargs]
-    session.run("python", "-m", "pytest", "tests", *SIDE_BY_SIDE, *options)
+    session.run("python", "-m", "pytest", "tests", *SIDE_BY_SIDE, *options, env=ONE_THREAD)
 
 
 @nox.session
 def tests_all(session: nox.Session) -> None:
     """Run all tests, the slow ones too (at most 25 minutes)."""
     install(session, *EVERYTHING, "test")
-    session.run("python", "-m", "pytest", "tests", *SIDE_BY_SIDE, *session.posargs)
+    options = [*SIDE_BY_SIDE, *session.posargs]
+    session.run("python", "-m", "pytest", "tests", *options, env=ONE_THREAD)
 
 
 @nox.session

@@ -1,12 +1,28 @@
-"""Hypothesis runs the same examples every time and never fails on time."""
+"""
+The same examples every time, no deadline; what is the same for all tests is made once.
 
+Hypothesis is derandomized. JAX compiles each program once for all tests and their processes.
+"""
+
+import atexit
 import gc
+import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=12, database=None)
 settings.load_profile("suite")
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="dpsgd-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Benchmarks that a test starts must not think that they run beside others, or they time nothing.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 @pytest.fixture(scope="module", autouse=True)
