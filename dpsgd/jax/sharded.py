@@ -31,7 +31,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpsgd.jax.mesh import SHARED, Kind, ManyDevices, mapped, noise_key, nothing, plus
+from dpsgd.jax.mesh import ManyDevices
+from dpsgd.jax.place import SHARED, Kind, mapped, noise_key, nothing, plus
 from dpsgd.ranks import Ranks
 
 AXES = ("data", "model")

@@ -19,8 +19,8 @@ from flax import nnx
 
 from dpsgd.jax import weights
 from dpsgd.jax.check import examples_apart
-from dpsgd.jax.mesh import place_of
 from dpsgd.jax.noise import halves, normals
+from dpsgd.jax.place import place_of
 from dpsgd.ranks import Ranks, digest
 
 MATMUL_PRECISION = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
