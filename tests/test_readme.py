@@ -74,7 +74,12 @@ def test_a_method_is_one_file_and_one_row(monkeypatch):
     assert len(FILE.strip().splitlines()) < 10
 
 
-PAGES = {"quick": "README.md", "full": "docs/results.md", "full-torch": "docs/fast.md"}
+PAGES = {
+    "quick": "README.md",
+    "full": "docs/results.md",
+    "full-torch": "docs/fast.md",
+    "full-jax": "docs/fast.md",
+}
 
 
 @pytest.mark.parametrize("profile", PAGES)
