@@ -26,14 +26,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 
 from dpsgd.ranks import Ranks
 
 
-@runtime_checkable
 class Resumable(Protocol):
     """A step whose state can be saved: see :class:`dpsgd.Step`."""
 

@@ -18,8 +18,10 @@ class Step(Protocol):
     One training step of one method: the loop every method, ours or a peer's, is driven by.
 
     ``for physical in logical: step.accumulate(*step.put(inputs, targets, mask))`` then
-    ``step.update()`` once per logical batch, after an empty draw too.
+    ``step.update()`` once per logical batch, after an empty draw too. ``done`` counts updates.
     """
+
+    done: int
 
     def put(self, inputs: Any, targets: Any, mask: Any) -> tuple[Any, Any, Any]:
         """Move NumPy ``inputs`` [P, ...] (images NCHW), ``targets``, ``mask`` to the device."""
@@ -45,6 +47,12 @@ class Step(Protocol):
 
     def parameters(self) -> Mapping[str, Any]:
         """Trainable parameters now: {torch parameter name: NumPy array, torch layout}."""
+
+    def state(self) -> dict[str, Any]:
+        """Model and optimizer as NumPy arrays, by name; nothing secret."""
+
+    def restore(self, state: Mapping[str, Any], done: int) -> None:
+        """Come back to ``state`` after ``done`` updates; the noise goes on from there."""
 
     def compiles(self) -> int:
         """How often this process has compiled this method's functions so far (0 for eager)."""
