@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from launch import fated
 
 from dpsgd import METHODS, PrivacyConfig, poisson_batches
 from dpsgd.jax.distributed import connect, disconnect
@@ -328,24 +329,17 @@ def hangs(ranks, found):
     _fated(ranks, 1, lambda: time.sleep(1000))
 
 
-def trains(folder, method, sigma):
+def trains(folder, method, sigma, optimizer, learning_rate):
     """The whole of a run, as the command line would start it; $KILL is ``rank:update``."""
-    victim, _, at = os.environ.get("KILL", "").partition(":")
-    update = JaxStep.update
-
-    def fated(step):
-        if os.environ["RANK"] == victim and step.done + 1 == int(at):
-            os._exit(9)
-        update(step)
-
-    JaxStep.update = fated
+    fated(JaxStep)
     result = train(
         method=method,
         steps=4,
         sample_rate=0.03,
         noise_multiplier=float(sigma),
         physical_batch_size=8,
-        optimizer="adam",
+        optimizer=optimizer,
+        learning_rate=float(learning_rate),
         seed=3,
         device="cpu",
         sync="every" if method == "jax-sgd" else "once",
