@@ -26,23 +26,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from dpsgd.methods import Step
 from dpsgd.ranks import Ranks
-
-
-class Resumable(Protocol):
-    """A step whose state can be saved: see :class:`dpsgd.Step`."""
-
-    done: int
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Model and optimizer, nothing secret."""
-
-    def restore(self, state: Mapping[str, np.ndarray], done: int) -> None:
-        """Come back to ``state`` after ``done`` updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +121,7 @@ class Folder:
             _write(self._ledger, (text + "\n" * (not text.endswith("\n"))).encode())
         return mine
 
-    def restore(self, step: Resumable) -> None:
+    def restore(self, step: Step) -> None:
         """Bring ``step`` to where the checkpoint left it; save a new run's beginning."""
         if self._state is not None:
             step.restore(self._state, self.done)
@@ -149,7 +138,7 @@ class Folder:
             file.flush()
             os.fsync(file.fileno())
 
-    def save(self, step: Resumable) -> None:
+    def save(self, step: Step) -> None:
         """The state after the step's last update."""
         if self.ranks.rank:
             return

@@ -3,8 +3,12 @@ The very step that is timed is checked first: a wrong method fails; it does not 
 
 The reference takes one example at a time through plain autograd of the same framework, in the
 precision fp32; the tolerance is relative to the length of the reference sum.
+
+A deep network of ReLUs may answer a rounding error with another gradient: units that were about to
+switch do. How far, the reference itself tells, when all weights move by the last bit of a float32.
 """
 
+import copy
 import time
 from functools import cache
 from typing import Any
@@ -17,7 +21,9 @@ from dpsgd.tree import take, tree_map
 REAL = 3  # rows of the checked batch; the rest is padding
 # fp32: float32 rounding; tf32 and bf16 have 10 and 7 bits of mantissa, through some 50 layers.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-1}
-_CACHE: dict[Any, list[dict[str, np.ndarray]]] = {}
+SWAY = 5  # how often as far as the reference moves; other orders of sums round more than once
+LOOSEST = 5e-2  # nothing beyond it is accepted in fp32, whatever the reference does
+_CACHE: dict[Any, list[list[dict[str, np.ndarray]]]] = {}
 
 
 class Reference:
@@ -32,11 +38,15 @@ class Reference:
         key = (case.row.framework, case.model, case.physical_batch)
         if key not in _CACHE:
             _CACHE.clear()
-            found = _gradients(case.row.framework)(
-                model, loss, take(self.inputs, slice(rows)), self.targets[:rows]
-            )
-            _CACHE[key] = list(found)
-        self.want = reference.clipped_sum(_CACHE[key], [True] * rows, clip_norm)
+            own = take(self.inputs, slice(rows)), self.targets[:rows]
+            found = _gradients(case.row.framework)
+            _CACHE[key] = [list(found(model, loss, *own, nudged)) for nudged in (False, True)]
+        self.want, moved = (
+            reference.clipped_sum(gradients, [True] * rows, clip_norm) for gradients in _CACHE[key]
+        )
+        sway = _length({n: moved[n] - self.want[n] for n in moved}) / _length(self.want)
+        self.tolerance = TOLERANCE[case.precision]  # after the check: what the step was held to
+        self._loosest = max(self.tolerance, min(SWAY * sway, LOOSEST))
         if case.row.ours:
             other = take(prepared.inputs, 1)
             self.inputs = tree_map(self._with_padding, self.inputs, other)
@@ -75,8 +85,12 @@ class Reference:
             return f"parameters left out: {sorted(self.want.keys() ^ got.keys())}"
         scale = _length(self.want)
         off = _length({n: got[n] - self.want[n] for n in got}) / scale
-        if not off <= TOLERANCE[self.case.precision]:
-            return f"the clipped sum is {off:.2g} of its length away from the reference"
+        if not off <= self._loosest:
+            return (
+                f"the clipped sum is {off:.2g} of its length away from the reference; "
+                f"{self._loosest:.2g} would do"
+            )
+        self.tolerance = self.tolerance if off <= self.tolerance else self._loosest
         return ""
 
     def _noise_problem(self, direction, got) -> str:
@@ -106,9 +120,21 @@ def _direction(framework: str):
     return {"torch": _torch_direction, "jax": _jax_direction}[framework]
 
 
-def _torch_gradients(model, loss, inputs, targets):
+def _nudge(value, seed: int):
+    """``value`` off by up to the last bit of its mantissa, by chance; NumPy float32."""
+    value = np.asarray(value)
+    off = np.random.default_rng(seed).uniform(-1, 1, value.shape)
+    return (value * (1 + np.finfo(np.float32).eps * off)).astype(value.dtype)
+
+
+def _torch_gradients(model, loss, inputs, targets, nudged):
     import torch
 
+    if nudged:
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for n, p in enumerate(model.parameters()):
+                p.copy_(torch.from_numpy(_nudge(p.cpu(), n)))
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     device = next(iter(named.values())).device
     for n in range(len(targets)):
@@ -131,13 +157,16 @@ def _torch_direction(step, run) -> dict[str, np.ndarray]:
     return captured
 
 
-def _jax_gradients(model, loss, inputs, targets):
+def _jax_gradients(model, loss, inputs, targets, nudged):
     import jax
     from flax import nnx
 
     from dpsgd.jax import weights
 
     graph, params, rest = nnx.split(model, nnx.Param, ...)
+    if nudged:
+        leaves, tree = jax.tree.flatten(params)
+        params = jax.tree.unflatten(tree, [_nudge(a, n) for n, a in enumerate(leaves)])
 
     @jax.jit
     def gradient(params, x, y):

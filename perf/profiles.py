@@ -193,6 +193,7 @@ PROFILES: dict[str, tuple[Block, ...]] = {
     "full-jax": (
         *_jax("vit-ti16", 16, without=("jax-ghost",)),
         *_jax("vit-b16-4blocks", 8, without=("jax-ghost",)),
+        *_jax("bit-r50x1-128px", 8, without=("jax-ghost", "jax-privacy")),
         *_jax("distilbert-64tok", 8, without=("jax-ghost", "jax-privacy")),
     ),
     "gpu": (

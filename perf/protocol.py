@@ -198,7 +198,7 @@ class Bench:
         problem, row["first_step_s"] = subject.reference.problem(subject.step, self.clock)
         if problem:
             raise WrongResult(problem)
-        row["checked"] = True
+        row["checked"], row["checked_to"] = True, subject.reference.tolerance
         row["compiles"] = subject.step.compiles() - compiled
         own = case.method == case.row.baseline
         sgd = None if own else self._sgd(case)

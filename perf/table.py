@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import saved
+from perf.check import TOLERANCE
 
 HEADERS = (
     "method",
@@ -69,6 +70,10 @@ def _notes(row: dict[str, Any]) -> list[str]:
     if cold:
         notes.append(
             f"recompiles for each new size: {_number(cold)} real ex/s with them (first draws)"
+        )
+    if row.get("checked_to", 0) > TOLERANCE[row["precision"]]:
+        notes.append(
+            f"checked to {row['checked_to']:.1%}: ReLUs about to switch answer rounding errors"
         )
     return notes
 

@@ -176,6 +176,34 @@ def test_the_tolerance_is_relative_to_the_reference():
     assert check.TOLERANCE["fp32"] <= 1e-4
 
 
+@pytest.mark.parametrize("method", ["torch-sgd", "jax-sgd"])
+def test_only_where_the_reference_sways_is_the_tolerance_wider(method, monkeypatch):
+    case = Case(model="digits-cnn", physical_batch=8, method=method, compile=method == "jax-sgd")
+
+    def problem(factor):
+        """Of a step whose sum is ``factor`` too long; and what it was held to."""
+        check._CACHE.clear()
+        found = protocol.Prepared(case, "cpu", ragged=False)
+        real = found.step.clipped_sum
+        found.step.clipped_sum = lambda *a: {n: factor * g for n, g in real(*a).items()}
+        return found.reference.problem(found.step)[0], found.reference.tolerance
+
+    assert problem(1) == ("", check.TOLERANCE["fp32"])
+    assert "away from the reference" in problem(1 + 3e-4)[0]
+    last_bit = check._nudge
+
+    def further(value, seed):
+        value = np.asarray(value)
+        return value + 1000 * (last_bit(value, seed) - value)
+
+    monkeypatch.setattr(check, "_nudge", further)
+    text, held_to = problem(1 + 3e-4)
+    assert (text, problem(1)) == ("", ("", check.TOLERANCE["fp32"]))
+    assert 3e-4 < held_to < check.LOOSEST
+    assert "away from the reference" in problem(1.1)[0]
+    check._CACHE.clear()
+
+
 # What becomes of a case
 
 
