@@ -16,7 +16,7 @@ from dpsgd.jax.step import JaxStep
 
 # FLOPs in the time of one byte. XLA's batched products reach 60 % of its large ones on a CPU, so
 # what is kept by example costs more there than its FLOPs and bytes say.
-BALANCE = {"cpu": 30.0, "gpu": 15.0, "tpu": 15.0}
+BALANCE = {"cpu": 10.0, "gpu": 15.0, "tpu": 15.0}
 
 
 class Recorded(JaxStep):

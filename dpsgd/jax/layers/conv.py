@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpsgd.jax.layers.base import Rule, default
+from dpsgd.jax.layers.base import Rule, column_sums, default
 
 
 class Conv(Rule):
@@ -98,4 +98,4 @@ class Conv(Rule):
 
     def bias(self, g: jax.Array) -> jax.Array:
         """[p]."""
-        return g.reshape(-1, g.shape[-1]).sum(0)
+        return column_sums(g.reshape(-1, g.shape[-1]))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpsgd.jax.layers.base import Rule, default, transposed
+from dpsgd.jax.layers.base import Rule, column_sums, default, transposed
 
 
 class Linear(Rule):
@@ -38,7 +38,7 @@ class Linear(Rule):
 
     def bias(self, g: jax.Array) -> jax.Array:
         """[p]."""
-        return g.reshape(-1, g.shape[-1]).sum(0)
+        return column_sums(g.reshape(-1, g.shape[-1]))
 
 
 class LinearGeneral(Rule):
@@ -69,4 +69,4 @@ class LinearGeneral(Rule):
 
     def bias(self, g: jax.Array) -> jax.Array:
         """[*out]."""
-        return g.reshape(-1, *self.outside).sum(0)
+        return column_sums(g.reshape(-1, math.prod(self.outside))).reshape(self.outside)
