@@ -1,6 +1,7 @@
 """Efficient, correct DP-SGD in PyTorch and JAX. Importing this imports neither framework."""
 
 from dpsgd import models
+from dpsgd.memory import keep_freed_memory
 from dpsgd.methods import METHODS, Method, Step
 from dpsgd.privacy import PrivacyConfig
 from dpsgd.sampling import LogicalBatch, PhysicalBatch, poisson_batches
@@ -12,6 +13,7 @@ __all__ = [
     "PhysicalBatch",
     "PrivacyConfig",
     "Step",
+    "keep_freed_memory",
     "models",
     "poisson_batches",
 ]

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WAYS = ("keep", "gram", "rebuild")
-# FLOPs in the time that one byte takes to or from memory. A few tens on CPUs, a hundred on GPUs.
-BALANCE = {"cpu": 10.0, "cuda": 15.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +78,11 @@ class Layer:
     def effort(self, way: str, balance: float) -> float:
         """Time in units of one FLOP."""
         return self.flops(way) + balance * self.moved(way)
+
+
+def balance(device: str) -> float:
+    """FLOPs in the time that one byte takes to or from the memory of a ``cpu`` or an accelerator."""
+    return 10.0 if device == "cpu" else 15.0
 
 
 @dataclass(frozen=True, kw_only=True)

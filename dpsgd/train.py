@@ -21,6 +21,7 @@ from dpsgd import data as datasets
 from dpsgd import loop, methods, models
 from dpsgd.checkpoint import Folder, Keys
 from dpsgd.loop import Interrupted
+from dpsgd.memory import keep_freed_memory
 from dpsgd.methods import METHODS, Method, Step
 from dpsgd.privacy import PrivacyConfig
 from dpsgd.ranks import Disagreement, Ranks, joined
@@ -398,4 +399,5 @@ def _main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

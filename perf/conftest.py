@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dpsgd import METHODS
+from dpsgd import METHODS, keep_freed_memory
 from perf import device, memory, runner
 from perf.outcome import WrongResult, outcome
 from perf.partial import Partial
@@ -47,6 +47,8 @@ def pytest_configure(config):
         config.option.device = device.resolve(config.option.device)
         try:
             config.stash_wanted = runner.selected(config.option)
+            if config.option.device == "cpu":
+                keep_freed_memory()  # or how often pages are faulted in would be a matter of luck
             device.require(framework, config.option.device)
             if config.option.resume:
                 config.stash[PARTIAL] = Partial(

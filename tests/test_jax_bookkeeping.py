@@ -12,6 +12,7 @@ from flax import nnx
 from dpsgd import METHODS, PrivacyConfig, cost, reference
 from dpsgd.jax import weights
 from dpsgd.jax.layers import Lookup, StandardizedConv
+from dpsgd.jax.layers.norm import Norm
 from dpsgd.jax.layers.standardized import Standardized
 
 P = 4
@@ -255,8 +256,23 @@ class Positions(nnx.Module):
         return self.last(jnp.tanh(x + self.table(jnp.arange(x.shape[1])[None]) + constant))
 
 
+class HalfNorms(nnx.Module):
+    """Statistics of half the channels, which the rule does not know; norm layers without a part."""
+
+    def __init__(self, rngs):
+        self.masked, self.unscaled, self.unbiased = (
+            nnx.LayerNorm(6, use_scale=scale, use_bias=bias, rngs=rngs)
+            for scale, bias in ((True, True), (False, True), (True, False))
+        )
+
+    def __call__(self, x):
+        x = jnp.tanh(self.masked(x, mask=jnp.arange(6) < 3))
+        return self.unbiased(jnp.tanh(self.unscaled(x)) + x)
+
+
 MODELS = {  # (model, input shape, what rules take)
-    "bare": (Bare, (3, 6), {"linear"}),
+    "bare": (Bare, (3, 6), {"linear", "norms.0", "norms.1", "norms.2"}),
+    "norms": (HalfNorms, (3, 6), {"unbiased"}),
     "twice": (Twice, (2, 6), {"last"}),
     "positions": (Positions, (3, 6), {"table", "linear", "last"}),
     "tied": (Tied, (5,), {"embed", "embed.attend", "linear"}),
@@ -264,14 +280,19 @@ MODELS = {  # (model, input shape, what rules take)
     "attention": (
         Attention,
         (3, 6),
-        {f"attention.{n}" for n in ("query", "key", "value", "out")} | {"lora.base_module"},
+        {f"attention.{n}" for n in ("query", "key", "value", "out", "query_ln", "key_ln")}
+        | {"lora.base_module"},
     ),
-    "scan": (functools.partial(Stack, remat=False), (2, 6), {"blocks.one", "blocks.two", "last"}),
-    "scan, remat": (Stack, (2, 6), {"blocks.one", "blocks.two", "last"}),
+    "scan": (
+        functools.partial(Stack, remat=False),
+        (2, 6),
+        {"blocks.norm", "blocks.one", "blocks.two", "last"},
+    ),
+    "scan, remat": (Stack, (2, 6), {"blocks.norm", "blocks.one", "blocks.two", "last"}),
     "remat": (
         functools.partial(Stack, scan=False),
         (2, 6),
-        {f"blocks.{n}.{o}" for n in (0, 1) for o in ("one", "two")} | {"shared", "last"},
+        {f"blocks.{n}.{o}" for n in (0, 1) for o in ("norm", "one", "two")} | {"shared", "last"},
     ),
 }
 
@@ -347,6 +368,19 @@ def test_a_wrong_standardisation_is_seen(monkeypatch, what, wrong):
     monkeypatch.setattr(StandardizedConv, what, wrong)
     with pytest.raises(AssertionError, match="weight"):
         assert_right(*reference_of("layer", "standardized"), ways="gram")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda self, x, g: x * g, lambda self, x, g: self.normalized(x**3) * g]
+)
+def test_a_wrong_norm_layer_is_seen(monkeypatch, wrong):
+    def along(self, x, g):
+        return wrong(self, x, g).reshape(-1, g.shape[-1])
+
+    monkeypatch.setattr(Norm, "_along", along)
+    for name in ("bare", "norms"):
+        with pytest.raises(AssertionError, match="Not equal"):
+            assert_right(*reference_of("model", name))
 
 
 @pytest.mark.parametrize("way", cost.WAYS)

@@ -144,7 +144,8 @@ class Look(Use):
         y = jax.eval_shape(lambda: original(module, x, *args, **kwargs))
         y = jax.ShapeDtypeStruct(y.shape, y.dtype)
         own = getattr(module, self.rule.weight)[...].shape
-        self.noted.append((x.shape, x.dtype, y.shape, y.dtype, own))
+        plain = all(more is None for more in (*args, *kwargs.values()))  # a norm layer's mask
+        self.noted.append((x.shape, x.dtype, y.shape, y.dtype, own, plain))
         fake = checkpoint_name(jnp.zeros(y.shape, y.dtype) + jnp.sum(x).astype(y.dtype), self.name)
         calls = getattr(module, self.attribute("calls"))[...]
         return tap(lambda g, x: jnp.ones(calls.shape), None, fake, (x,), calls)
@@ -155,11 +156,11 @@ class Look(Use):
         return math.prod(self.noted[0][2])
 
     def settled(self) -> Use | None:
-        """The use, if all its traces were alike."""
+        """The use, if all its traces were alike, and the layer got nothing but x."""
         if len(set(self.noted)) != 1:
             return None
-        (x, x_type, y, y_type, own) = self.noted[0]
-        if own != self.rule.shape:
+        (x, x_type, y, y_type, own, plain) = self.noted[0]
+        if own != self.rule.shape or not plain:
             return None
         x, y = jax.ShapeDtypeStruct(x, x_type), jax.ShapeDtypeStruct(y, y_type)
         return Use(self.path, self.method, self.rule, self.stack, x=x, y=y)

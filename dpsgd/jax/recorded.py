@@ -14,10 +14,6 @@ from dpsgd.jax.layers.embed import Attend, Lookup
 from dpsgd.jax.record import Parts, Tapped, Use
 from dpsgd.jax.step import JaxStep
 
-# FLOPs in the time of one byte. XLA's batched products reach 60 % of its large ones on a CPU, so
-# what is kept by example costs more there than its FLOPs and bytes say.
-BALANCE = {"cpu": 10.0, "gpu": 15.0, "tpu": 15.0}
-
 
 class Recorded(JaxStep):
     """
@@ -192,7 +188,7 @@ class Recorded(JaxStep):
         self.plan = cost.plan(
             layers,
             memory_budget_bytes=self.memory_budget_bytes if self.budgeted else None,
-            balance=BALANCE[self.device.platform],
+            balance=cost.balance(self.device.platform),
         )
         self.ways = {choice.layer.name: choice.way for choice in self.plan}
 

@@ -212,7 +212,7 @@ class Recorded(TorchStep):
             layers,
             seconds=times,
             memory_budget_bytes=self.memory_budget_bytes,
-            balance=cost.BALANCE[self.device.type],
+            balance=cost.balance(self.device.type),
         )
 
     def _allowed(self, calls: list[Use], ways: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 One rule per kind of layer: what its gradients by example are, their norm and weighted sum.
 
 A rule is chosen by the exact type of the module, and by the method that is called: a subclass may
-compute something else. Everything else (bare parameters, what no rule knows) is left to autodiff under vmap, which is exact for whatever it is, and costs P gradients of it alone.
+compute something else. All else (bare parameters, what no rule knows) is left to autodiff under
+vmap, which is exact for whatever it is, and costs P gradients of it alone.
 """
 
 from flax import nnx

@@ -32,7 +32,7 @@ class Norm(Rule):
     @staticmethod
     def shape_of(module: Any) -> tuple[int, ...]:
         """[d]."""
-        return (module.num_features,)
+        return module.scale.get_value().shape[-1:]  # it may be one of a stack
 
     def _along(self, x: jax.Array, g: jax.Array) -> jax.Array:
         # x̂·g [T, d], in float32 or better.
