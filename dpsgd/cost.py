@@ -81,7 +81,7 @@ class Layer:
 
 
 def balance(device: str) -> float:
-    """FLOPs in the time that one byte takes to or from the memory of a ``cpu`` or an accelerator."""
+    """FLOPs in the time that one byte takes to or from memory: of a ``cpu``, or another device."""
     return 10.0 if device == "cpu" else 15.0
 
 

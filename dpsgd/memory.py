@@ -3,8 +3,8 @@
 import ctypes
 import sys
 
-# Names and numbers of glibc's malloc.h: never map an array by itself, never give memory back, and
-# let all threads share one heap, or those of XLA map anew what does not fit into heaps of their own.
+# Numbers of glibc's malloc.h: never map an array by itself, never give memory back, and let all
+# threads share one heap, or those of XLA map anew what does not fit into small heaps of their own.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
