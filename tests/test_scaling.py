@@ -288,6 +288,25 @@ def test_cpu_ranks_share_their_cores():
     assert {row["contention"] for row in rows({"rows": data})} == {1}
 
 
+def test_ranks_whose_neighbours_idle_are_not_fitted():
+    """Alone, a rank is a quarter faster than in a full machine; the hold-out must not hear of it."""
+    data = [
+        {key: value for key, value in row.items() if key != "contention"}
+        for row in synthetic((1, 2, 4), alpha=1e-4, beta=1e10)
+    ]
+    alone = [row | {"seconds_per_step": 0.75 * row["seconds_per_step"]} for row in data[:]]
+    mixed = [a if row["world_size"] == 1 else row for row, a in zip(data, alone, strict=True)]
+    found = rows({"rows": mixed, "machine_info": {"device": "cpu", "threads": 2}})
+    assert {row["world_size"]: row["idle"] for row in found} == {1: True, 2: False, 4: False}
+    fitted, held = hold_out(found)
+    assert fitted.relative_error < 1e-6
+    assert {one.row["world_size"] for one in held} == {4}
+    heard = [row | {"idle": False} for row in found]
+    assert fit([row for row in heard if row["world_size"] <= 2]).relative_error > 0.01
+    only = [row for row in found if row["world_size"] == 1]
+    assert fit(only).relative_error < 0.05  # rather than nothing
+
+
 def test_rows_that_cannot_be_used_say_why():
     with pytest.raises(saved.Unusable, match="several world sizes"):
         rows({"rows": [{"case": "a", "status": "oom"}]})

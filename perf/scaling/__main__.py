@@ -2,7 +2,8 @@
 Draw and explain: ``python -m perf.scaling [RUN.json …] [--out STEM] [--write docs/scaling.md]``.
 
 Without a run: predictions from ranges of inputs. With runs: the fit, its hold-out, Amdahl's and the
-universal law, and the figure of predicted lines with measured points.
+universal law, and the figure of predicted lines with measured points. ``--write`` puts the one or
+the other between its marks of a page.
 """
 
 import argparse
@@ -27,16 +28,16 @@ from perf.scaling.measured import describe, groups
 from perf.scaling.model import SCALINGS, Machine, Range
 from perf.scaling.trips import PLACEMENTS
 
-MARK, END = "<!-- scaling -->\n", "<!-- end -->"
+MARK, MEASURED, END = "<!-- scaling -->\n", "<!-- measured -->\n", "<!-- end -->"
 RANGES = ("examples_per_s", "alpha_s", "bytes_per_s", "fix_s")
 
 
-def write(text: str, path: Path) -> None:
+def write(text: str, path: Path, mark: str = MARK) -> None:
     """Replace what stands between the marks of a Markdown file."""
-    before, found, rest = path.read_text().partition(MARK)
+    before, found, rest = path.read_text().partition(mark)
     if not found or END not in rest:
-        sys.exit(f"perf.scaling: {path} has no {MARK.strip()} … {END} to write between")
-    path.write_text(before + MARK + text + END + rest.partition(END)[2])
+        sys.exit(f"perf.scaling: {path} has no {mark.strip()} … {END} to write between")
+    path.write_text(before + mark + text + END + rest.partition(END)[2])
 
 
 def _machine(args: argparse.Namespace) -> Machine:
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perf.scaling", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json")
     parser.add_argument("--out", type=Path, help="of the figure, without suffix")
-    parser.add_argument("--write", type=Path, help=f"between {MARK.strip()} and {END} of this file")
+    parser.add_argument("--write", type=Path, help=f"between the marks of this file, to {END}")
     parser.add_argument("--machine", default="v100", choices=sorted(MACHINES))
     parser.add_argument("--placement", default=PLACEMENTS[0], choices=PLACEMENTS, help="of draws")
     parser.add_argument("--scaling", default=SCALINGS[0], choices=SCALINGS)
@@ -96,7 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _predict(args)
         for path in args.runs:
             run = saved.load(path)
-            print(f"{path}\n\n{describe(run)}")
+            text = describe(run)
+            print(f"{path}\n\n{text}")
+            if args.write:
+                write(f"```\n{text}```\n", args.write, MEASURED)
             stem = args.out or path.with_suffix("")
             for name, (title, note, series) in groups(run).items():
                 for picture in figure.draw(

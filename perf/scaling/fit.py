@@ -4,6 +4,9 @@ Recover α, β, t_pb and what is paid once from measured steps and bare all-redu
 T is linear in (t_pb of each method, α, 1/β, seconds paid once by each method): non-negative least
 squares on relative residuals, Σ (prediction/measured − 1)². No starting values, one optimum.
 A bare all-reduce is one more equation. Hold-out: fit on small worlds, predict the larger ones.
+
+A CPU rank whose neighbours idle is faster than one of a full machine, with which it shares caches
+and memory: where there are worlds that fill the cores, only those are fitted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,6 +31,7 @@ def rows(run: Row) -> list[Row]:
     The measured rows of a run that the model can use.
 
     ``contention`` is how many CPU ranks share a core, at least 1: each is that much slower.
+    ``idle`` is whether cores had none.
 
     Raises:
         saved.Unusable: there are none, or one lacks a field.
@@ -40,10 +44,16 @@ def rows(run: Row) -> list[Row]:
             raise saved.Unusable(f"{row.get('case', 'a row')} lacks {', '.join(lacking)}")
     info = run.get("machine_info", {})
     cores = info.get("threads", np.inf) if info.get("device") == "cpu" else np.inf
+    shares = [row["world_size"] / row.get("nodes", 1) / cores for row in found]
     return [
-        row | {"contention": max(1.0, row["world_size"] / row.get("nodes", 1) / cores)}
-        for row in found
+        row | {"contention": max(1.0, share), "idle": 0 < share < 1}
+        for row, share in zip(found, shares, strict=True)
     ]
+
+
+def telling(measured: Sequence[Row]) -> list[Row]:
+    """The rows to fit: of worlds that fill the cores, if there are any."""
+    return [row for row in measured if not row.get("idle")] or list(measured)
 
 
 def key(row: Row) -> tuple:
@@ -123,6 +133,7 @@ def fit(
 
     if not measured:
         raise saved.Unusable("no measured row to fit: measure at W=1 and larger")
+    measured = telling(measured)
     bare = [
         (*_link(one["world_size"], one["bytes"]), float(np.median(one["seconds"])))
         for one in all_reduces
@@ -183,12 +194,16 @@ def hold_out(
         seen: the largest world of the fit; default: the largest but one.
 
     Raises:
-        saved.Unusable: fewer than three world sizes, unless ``seen`` says otherwise.
+        saved.Unusable: no smaller world that communicates, unless ``seen`` says otherwise.
     """
+    measured = telling(measured)
     worlds = sorted({row["world_size"] for row in measured})
     if seen is None:
-        if len(worlds) < 3:
-            raise saved.Unusable(f"worlds {worlds}: a hold-out needs three, as 1, 2 and 4")
+        if worlds[-2:-1] in ([], [1]):
+            raise saved.Unusable(
+                f"worlds {worlds}: a hold-out needs one that communicates and a larger one, "
+                "as of 1, 2 and 4"
+            )
         seen = worlds[-2]
     fitted = fit(
         [row for row in measured if row["world_size"] <= seen],
