@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the arrays of each step anew on a CPU. Given back to the operating system in
     between, every 4 KiB of them cost a page fault: a fifth of a step of a ViT on two cores. Kept,
-    the process stays as large as it ever was. Results do not change.
+    the process stays as large as it ever was, and may have grown by a few of its largest arrays.
+    Results do not change.
 
     Returns:
         Whether the C library can: glibc, which is that of most Linux distributions.

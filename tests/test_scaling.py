@@ -191,7 +191,7 @@ def test_a_band_holds_every_draw_of_its_inputs():
 # Fits
 
 
-def synthetic(worlds, *, alpha, beta, noise=0.0, sizes=(1e4, 1e7), seed=0, **planted):
+def synthetic(worlds, *, alpha, beta, noise=0.0, sizes=(1e4, 1e7), seed=0, expected=512, **planted):
     """Rows of known parameters, with log-normal noise; sgd: t_pb 0.1 s; dp: 0.25 s."""
     rng = np.random.default_rng(seed)
     found = []
@@ -200,7 +200,7 @@ def synthetic(worlds, *, alpha, beta, noise=0.0, sizes=(1e4, 1e7), seed=0, **pla
     ):
         if method == "dp" and sync == "every":
             continue
-        slowest = trips(50_000, 512 / 50_000, world, 16, "round-robin").slowest
+        slowest = trips(50_000, expected / 50_000, world, 16, "round-robin").slowest
         count = slowest if sync == "every" else 1
         ring = 2 * (world - 1) * (alpha + 4 * parameters / world / beta)
         seconds = slowest * batch + once + count * ring * planted.get("ring", 1)
@@ -213,11 +213,11 @@ def synthetic(worlds, *, alpha, beta, noise=0.0, sizes=(1e4, 1e7), seed=0, **pla
                 "placement": "round-robin",
                 "scaling": "strong",
                 "physical_batch": 16,
-                "expected_batch": 512,
+                "expected_batch": expected,
                 "num_examples": 50_000,
                 "parameters": int(parameters),
                 "seconds_per_step": seconds,
-                "examples_per_s": 512 / seconds,
+                "examples_per_s": expected / seconds,
             }
         )
     return rows({"rows": found})
@@ -289,22 +289,24 @@ def test_cpu_ranks_share_their_cores():
 
 
 def test_ranks_whose_neighbours_idle_are_not_fitted():
-    """Alone, a rank is a quarter faster than in a full machine; the hold-out must not hear of it."""
+    """Alone, a rank is faster than in a full machine; the hold-out must not hear of it."""
+    speed = {1: 0.75, 2: 1, 4: 2}  # seconds against those of a core alone among others
     data = [
-        {key: value for key, value in row.items() if key != "contention"}
-        for row in synthetic((1, 2, 4), alpha=1e-4, beta=1e10)
+        row | {"seconds_per_step": speed[row["world_size"]] * row["seconds_per_step"]}
+        for expected in (256, 512)
+        for row in synthetic((1, 2, 4), alpha=0, beta=1e10, sizes=(1e4,), expected=expected)
     ]
-    alone = [row | {"seconds_per_step": 0.75 * row["seconds_per_step"]} for row in data[:]]
-    mixed = [a if row["world_size"] == 1 else row for row, a in zip(data, alone, strict=True)]
-    found = rows({"rows": mixed, "machine_info": {"device": "cpu", "threads": 2}})
+    found = rows({"rows": data, "machine_info": {"device": "cpu", "threads": 2}})
     assert {row["world_size"]: row["idle"] for row in found} == {1: True, 2: False, 4: False}
-    fitted, held = hold_out(found)
-    assert fitted.relative_error < 1e-6
-    assert {one.row["world_size"] for one in held} == {4}
-    heard = [row | {"idle": False} for row in found]
-    assert fit([row for row in heard if row["world_size"] <= 2]).relative_error > 0.01
+
+    def worst(rows):
+        _, held = hold_out(rows, seen=2)
+        assert {one.row["world_size"] for one in held} == {4}
+        return max(abs(one.error) for one in held)
+
+    assert worst(found) < 0.02 < 0.05 < worst([row | {"idle": False} for row in found])
     only = [row for row in found if row["world_size"] == 1]
-    assert fit(only).relative_error < 0.05  # rather than nothing
+    assert fit(only).batch_s  # rather than nothing
 
 
 def test_rows_that_cannot_be_used_say_why():
