@@ -4,8 +4,8 @@ Peak memory of one logical step of one method alone: ``python -m perf.memory CAS
 Inputs cycle, so a few physical batches hold as much as all of them: at most four are run.
 Each case runs in a process of its own, forked before the framework starts a thread or touches the
 device, so that imports are paid once. CUDA: the allocator's peak. CPU: VmHWM during the step, minus
-the resident size before the model is built; where there is no /proc, the process' peak so far.
-Prints one JSON object a line.
+the resident size before the model is built, with freed arrays given back at once; where there is no
+/proc, the process' peak so far. Prints one JSON object a line.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dpsgd import models
+from dpsgd import models, return_freed_memory
 from perf.profiles import Case
 
 _STATUS = Path("/proc/self/status")
@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", metavar="CASE")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
+    if args.device == "cpu":
+        return_freed_memory()  # or holes of the heap would count
     cases = [Case.parse(name) for name in args.cases]
     for case in cases:
         framework = importlib.import_module(f"dpsgd.{case.row.framework}.models")

@@ -155,7 +155,7 @@ def test_norms_of_bf16_gradients_are_accumulated_in_float32(sizes, layer, way):
 
     seen = Seen(x=make(inputs), g=make(outputs), examples=P)
     rule = rule_for("layer", module, ["weight"])
-    got = rule.kept(seen, torch.empty)[1][0] if way == "keep" else rule.squared(seen, way)
+    got = rule.kept(seen)[1][0] if way == "keep" else rule.squared(seen, way)
     if way == "gram":  # never rounds the gradient
         equation = "ntd,ntp->npd" if channels_last else "ndt,npt->npd"
         rows = torch.einsum(equation, seen.x.double(), seen.g.double())

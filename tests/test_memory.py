@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no mallopt here")
 FAULTS = """
 import resource, sys
 from dpsgd import keep_freed_memory
@@ -25,7 +26,6 @@ print(faults() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
 def test_pages_stay_from_step_to_step():
     found = {
         how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how]))
@@ -33,3 +33,31 @@ def test_pages_stay_from_step_to_step():
     }
     assert found["default"] >= 40 * 32, "64 MiB have 16,384 pages, or 32 huge ones"
     assert found["keep"] < found["default"] / 2
+
+
+HOLES = """
+import re, sys
+from pathlib import Path
+from dpsgd import return_freed_memory
+if sys.argv[1] == "return":
+    assert return_freed_memory()
+import numpy as np
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+before = resident()
+whole = np.ones(1 << 21)  # once it is freed, the default is to map nothing smaller by itself
+del whole
+arrays = [np.ones(1 << 19) for _ in range(64)]  # of 4 MiB
+del arrays[::2]
+print(resident() - before)
+"""
+
+
+def test_what_is_freed_leaves_no_holes():
+    found = {
+        how: int(subprocess.check_output([sys.executable, "-c", HOLES, how]))
+        for how in ("return", "default")
+    }
+    assert found["return"] < 160 < 224 < found["default"], "128 MiB are in use, 256 were"

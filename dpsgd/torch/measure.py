@@ -31,16 +31,10 @@ def _tiled(t: Tensor, examples: int, wanted: int) -> Tensor:
 def _best(rule: Rule, way: str, seen: Seen) -> float:
     into = [torch.zeros_like(getattr(rule.module, own)) for own in rule.trained]
     factors = torch.ones(seen.examples, device=seen.g.device)
-    memory: dict[tuple[int, ...], Tensor] = {}
-
-    def buffer(shape, dtype):
-        if shape not in memory:
-            memory[shape] = seen.g.new_empty(shape, dtype=dtype)
-        return memory[shape]
 
     def run():
         if way == "keep":
-            rows, _ = rule.kept(seen, buffer)
+            rows, _ = rule.kept(seen)
             for own, each, view in zip(rule.trained, rows, into, strict=True):
                 rule.add_kept(own, each, factors, view)
         else:

@@ -7,7 +7,6 @@ pass gives everything, no weight gradient is computed, and nothing is retained t
 """
 
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd.torch.layers import Rule, rule_for
-from dpsgd.torch.layers.base import Product, Seen, tracing, wide
+from dpsgd.torch.layers.base import Product, Seen, wide
 from dpsgd.torch.layers.other import Other
 from dpsgd.torch.shared import Meeting
 
@@ -47,8 +46,6 @@ class Setting:
 
     examples: int
     norms_only: bool = False
-    # Memory that lives from run to run, one block for each layer: new pages would cost a write.
-    buffers: dict[str, Tensor] | None = None
     done: bool = False  # after the first backward pass
 
 
@@ -106,20 +103,11 @@ class Use:
         """What goes back to the zeros."""
         seen = Seen(x=x, g=g, y=y, examples=self.setting.examples)
         if self.way == "keep":
-            rows, squares = self.rule.kept(seen, self._buffer)
+            rows, squares = self.rule.kept(seen)
             return [*rows, *squares]
         if self.way == "together":
             return self.rule.gradients(seen)
         return [g] if self.holds else [self.rule.squared(seen, self.way)]
-
-    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        buffers, name, size = self.setting.buffers, self.rule.name, math.prod(shape)
-        device = self.rule.module.weight.device
-        if buffers is None:
-            return torch.empty(shape, dtype=dtype, device=device)
-        if name not in buffers or buffers[name].numel() < size or buffers[name].dtype != dtype:
-            buffers[name] = torch.empty(size, dtype=dtype, device=device)
-        return buffers[name][:size].view(shape)
 
 
 class Run:
@@ -182,7 +170,6 @@ class Recorder:
             str, nn.Parameter
         ] = {}  # whole name of each place: a tied one has several
         self._run: Run | None = None
-        self._buffers: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
             if not own:
@@ -265,9 +252,7 @@ class Recorder:
             Meeting(name, value, examples)
             for (name, _, _), value in zip(self.bare, values, strict=True)
         ]
-        fresh = tracing() or any(p.is_cuda for p in self.params.values())
-        buffers = None if fresh else self._buffers
-        setting = Setting(examples=examples, norms_only=norms_only, buffers=buffers)
+        setting = Setting(examples=examples, norms_only=norms_only)
         self._run = Run(setting, ways or {}, meetings)
         for meeting, (_, module, attribute) in zip(meetings, self.bare, strict=True):
             del module._parameters[attribute]

@@ -1,6 +1,5 @@
 """What a rule has to say about its layer, and the layers that are a product of two matrices."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,6 @@ class Seen:
     g: Tensor
     examples: int
     y: Tensor | None = None
-
-    def fresh(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """New memory, uninitialised."""
-        return self.g.new_empty(shape, dtype=dtype)
 
 
 def fold(t: Tensor, examples: int) -> Tensor:
@@ -76,9 +71,6 @@ def dot_channels(
     return found[1].view(rows, channels), found[2].view(rows, channels)
 
 
-Buffer = Callable[[tuple[int, ...], torch.dtype], Tensor]
-
-
 class Rule:
     """One module and its own trained parameters."""
 
@@ -117,12 +109,8 @@ class Rule:
             ways=self.ways,
         )
 
-    def kept(self, seen: Seen, buffer: Buffer) -> tuple[list[Tensor], list[Tensor]]:
-        """
-        What :meth:`pulled` makes the gradients of, in memory from ``buffer`` where that pays.
-
-        With it, the squared norms [P] of the gradients.
-        """
+    def kept(self, seen: Seen) -> tuple[list[Tensor], list[Tensor]]:
+        """What :meth:`pulled` makes the gradients of, and the gradients' squared norms [P]."""
         rows = self.gradients(seen)
         return rows, [square_rows(r) for r in rows]
 
@@ -206,32 +194,28 @@ class Product(Rule):
     def gradients(self, seen: Seen) -> list[Tensor]:
         """One [P, *shape] for each trained parameter."""
         return [
-            self.pulled(name, self.weights(seen, seen.fresh))
+            self.pulled(name, self.weights(seen))
             if name == "weight"
             else self.bias(seen.g, seen.examples)
             for name in self.trained
         ]
 
-    def kept(self, seen: Seen, buffer: Buffer) -> tuple[list[Tensor], list[Tensor]]:
-        """The product goes into memory that is there already: new pages would cost a write each."""
+    def kept(self, seen: Seen) -> tuple[list[Tensor], list[Tensor]]:
+        """The product as it is, and norms in closed form where there is one."""
         rows, squares = [], []
         for name in self.trained:
             if name == "weight":
-                rows.append(self.weights(seen, buffer))
+                rows.append(self.weights(seen))
                 squares.append(self.square_weights(rows[-1], seen))
             else:
                 rows.append(self.bias(seen.g, seen.examples))
                 squares.append(square_rows(rows[-1]))
         return rows, squares
 
-    def weights(self, seen: Seen, buffer: Buffer) -> Tensor:
+    def weights(self, seen: Seen) -> Tensor:
         """[P, *weight.shape], before :meth:`pulled`."""
         inputs, outputs = self.matrices(seen)
-        if torch.is_grad_enabled() or tracing():
-            rows = torch.bmm(outputs.mT, inputs)
-        else:
-            shape = (len(inputs), outputs.shape[2], inputs.shape[2])
-            rows = torch.bmm(outputs.mT, inputs, out=buffer(shape, inputs.dtype))
+        rows = torch.bmm(outputs.mT, inputs)
         return self.shaped(rows.view(seen.examples, -1, rows.shape[-1]))
 
     def square_weights(self, rows: Tensor, seen: Seen) -> Tensor:
@@ -264,7 +248,7 @@ class Product(Rule):
         y = None if seen.y is None else own(seen.y)
         one = Seen(x=own(seen.x), g=own(seen.g), y=y, examples=1)
 
-        return self.square_weights(self.weights(one, one.fresh), one)
+        return self.square_weights(self.weights(one), one)
 
     def gram(self, seen: Seen) -> Tensor:
         """‖GᵀX‖² = ⟨XXᵀ, GGᵀ⟩ [P], accumulated in float32."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd import cost
-from dpsgd.torch.layers.base import Buffer, Product, Seen, wide
+from dpsgd.torch.layers.base import Product, Seen, wide
 
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -148,13 +148,13 @@ class Conv(Product):
             g.reshape(size, g.shape[1] // self.groups, -1).mT,
         )
 
-    def weights(self, seen: Seen, buffer: Buffer) -> Tensor:
+    def weights(self, seen: Seen) -> Tensor:
         """[P, *weight.shape]; one by one on a CPU, where unfolding takes longest."""
         module, examples = self.module, seen.examples
         x, padding = self.images(seen)
         apart = module.kernel_size == module.stride  # patches that do not overlap
         if x.is_cuda or apart or self._pointwise(padding):
-            return super().weights(seen, buffer)
+            return super().weights(seen)
         each = len(x) // examples
         rows = [
             self._batch(x[i : i + each], seen.g[i : i + each], padding)
