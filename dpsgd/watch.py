@@ -84,11 +84,15 @@ class Watch:
         self._last_round = clock()
         self._seen: dict[str, tuple[Any, float]] = {}
         self._stopped, self._ended = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin to tell and to read."""
-        for work in (self._rounds, self._guard):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._rounds, self._guard)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, error: BaseException | None = None) -> None:
         """
@@ -111,6 +115,8 @@ class Watch:
                 self._last_round = self._clock()
                 time.sleep(self.interval_s / 4)
         self._ended.set()
+        for thread in self._threads:  # one in the store when Python ends would abort the process
+            thread.join(2 * self.interval_s)
 
     def progress(self) -> None:
         """Called now and then by whoever works: a rank without progress is taken to hang."""

@@ -1,6 +1,7 @@
 """A rank that dies, stops, hangs, fails, ends early or disagrees ends the run everywhere."""
 
 import threading
+import time
 
 import launch
 import pytest
@@ -53,6 +54,29 @@ class Trio:
             if any(said.values()):
                 return {r: said[r] or self.watches[r].round() for r in left}
         return {}
+
+
+class Slow(Memory):
+    """A store that keeps every thread but the main one for a while."""
+
+    def __init__(self):
+        self.entered = threading.Event()
+
+    def set(self, key, value):
+        if threading.current_thread() is not threading.main_thread():
+            self.entered.set()
+            time.sleep(0.3)
+        super().set(key, value)
+
+
+def test_no_thread_is_in_the_store_when_the_run_has_ended():
+    """Python would end it there, and C++ the process with it."""
+    before = threading.active_count()
+    watch = Watch(0, 1, store := Slow(), timeout_s=5)
+    watch.start()
+    assert store.entered.wait(60)
+    watch.stop()
+    assert threading.active_count() == before
 
 
 @pytest.fixture
