@@ -442,3 +442,12 @@ def test_the_page_is_what_the_command_writes():
     assert all(
         len(line.rates) for line in figure.predicted(LOAD, [SGD], inputs.MACHINES["v100"], [1])
     )
+
+
+def test_the_hold_out_on_the_page_is_that_of_the_committed_run():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    found = page.partition(command.MEASURED)[2].partition(command.END)[0]
+    run = saved.load(ROOT / ".benchmarks" / "cpu" / "multi.json")
+    held = [line for line in measured.describe(run).splitlines() if "predicted" in line]
+    assert len(held) == 12
+    assert all(line in found for line in held)
