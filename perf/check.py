@@ -39,8 +39,7 @@ class Reference:
         if key not in _CACHE:
             _CACHE.clear()
             own = take(self.inputs, slice(rows)), self.targets[:rows]
-            found = _gradients(case.row.framework)
-            _CACHE[key] = [list(found(model, loss, *own, nudged)) for nudged in (False, True)]
+            _CACHE[key] = _gradients(case.row.framework)(model, loss, *own)
         self.want, moved = (
             reference.clipped_sum(gradients, [True] * rows, clip_norm) for gradients in _CACHE[key]
         )
@@ -127,21 +126,24 @@ def _nudge(value, seed: int):
     return (value * (1 + np.finfo(np.float32).eps * off)).astype(value.dtype)
 
 
-def _torch_gradients(model, loss, inputs, targets, nudged):
+def _torch_gradients(model, loss, inputs, targets):
+    """One gradient per example; and once more of the nudged model."""
     import torch
 
-    if nudged:
-        model = copy.deepcopy(model)
-        with torch.no_grad():
-            for n, p in enumerate(model.parameters()):
-                p.copy_(torch.from_numpy(_nudge(p.cpu(), n)))
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    device = next(iter(named.values())).device
-    for n in range(len(targets)):
-        x = tree_map(lambda a, n=n: torch.as_tensor(a[n : n + 1]).to(device), inputs)
-        y = torch.as_tensor(targets[n : n + 1]).to(device)
-        found = torch.autograd.grad(loss(model, x, y)[0], list(named.values()))
-        yield {n: g.cpu().numpy() for n, g in zip(named, found, strict=True)}
+    def gradients(model):
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        device = next(iter(named.values())).device
+        for n in range(len(targets)):
+            x = tree_map(lambda a, n=n: torch.as_tensor(a[n : n + 1]).to(device), inputs)
+            y = torch.as_tensor(targets[n : n + 1]).to(device)
+            found = torch.autograd.grad(loss(model, x, y)[0], list(named.values()))
+            yield {n: g.cpu().numpy() for n, g in zip(named, found, strict=True)}
+
+    nudged = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, p in enumerate(nudged.parameters()):
+            p.copy_(torch.from_numpy(_nudge(p.cpu(), n)))
+    return [list(gradients(model)), list(gradients(nudged))]
 
 
 def _torch_direction(step, run) -> dict[str, np.ndarray]:
@@ -157,16 +159,16 @@ def _torch_direction(step, run) -> dict[str, np.ndarray]:
     return captured
 
 
-def _jax_gradients(model, loss, inputs, targets, nudged):
+def _jax_gradients(model, loss, inputs, targets):
+    """As in torch."""
     import jax
     from flax import nnx
 
     from dpsgd.jax import weights
 
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    if nudged:
-        leaves, tree = jax.tree.flatten(params)
-        params = jax.tree.unflatten(tree, [_nudge(a, n) for n, a in enumerate(leaves)])
+    leaves, tree = jax.tree.flatten(params)
+    nudged = jax.tree.unflatten(tree, [_nudge(a, n) for n, a in enumerate(leaves)])
 
     @jax.jit
     def gradient(params, x, y):
@@ -178,9 +180,11 @@ def _jax_gradients(model, loss, inputs, targets, nudged):
             return array.transpose(0, 2, 3, 1)
         return array.astype(np.int32) if array.dtype == np.int64 else array
 
-    for n in range(len(targets)):
-        one = tree_map(placed, take(inputs, slice(n, n + 1)))
-        yield weights.dump(gradient(params, one, placed(targets[n : n + 1])))
+    ones = [
+        (tree_map(placed, take(inputs, slice(n, n + 1))), placed(targets[n : n + 1]))
+        for n in range(len(targets))
+    ]
+    return [[weights.dump(gradient(p, *one)) for one in ones] for p in (params, nudged)]
 
 
 def _jax_direction(step, run) -> dict[str, np.ndarray]:
