@@ -189,7 +189,7 @@ PROFILES: dict[str, tuple[Block, ...]] = {
         _torch("distilbert-64tok-frozenemb", 8),
         _torch("vit-ti16-4blocks", 16, modes=("compiled",), peers=False),
     ),
-    # On 2 cores, memory included: ViT-Ti 24 min, ViT-B 16, DistilBERT 15.
+    # On 2 cores, memory included: ViT-Ti 24 min, ViT-B 16, BiT 17, DistilBERT 15.
     "full-jax": (
         *_jax("vit-ti16", 16, without=("jax-ghost",)),
         *_jax("vit-b16-4blocks", 8, without=("jax-ghost",)),
