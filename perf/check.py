@@ -27,7 +27,11 @@ _CACHE: dict[Any, list[list[dict[str, np.ndarray]]]] = {}
 
 
 class Reference:
-    """What the clipped sum of the first rows has to be; their gradients are kept for a model."""
+    """
+    What the clipped sum of the first rows has to be; their gradients are kept for a model.
+
+    ``tolerance`` is what the step checked last was held to.
+    """
 
     def __init__(self, case, model, loss, prepared) -> None:
         self.case, self.privacy = case, prepared.privacy
@@ -44,8 +48,8 @@ class Reference:
             reference.clipped_sum(gradients, [True] * rows, clip_norm) for gradients in _CACHE[key]
         )
         sway = _length({n: moved[n] - self.want[n] for n in moved}) / _length(self.want)
-        self.tolerance = TOLERANCE[case.precision]  # after the check: what the step was held to
-        self._loosest = max(self.tolerance, min(SWAY * sway, LOOSEST))
+        self._usual = self.tolerance = TOLERANCE[case.precision]
+        self._loosest = max(self._usual, min(SWAY * sway, LOOSEST))
         if case.row.ours:
             other = take(prepared.inputs, 1)
             self.inputs = tree_map(self._with_padding, self.inputs, other)
@@ -89,7 +93,7 @@ class Reference:
                 f"the clipped sum is {off:.2g} of its length away from the reference; "
                 f"{self._loosest:.2g} would do"
             )
-        self.tolerance = self.tolerance if off <= self.tolerance else self._loosest
+        self.tolerance = self._usual if off <= self._usual else self._loosest
         return ""
 
     def _noise_problem(self, direction, got) -> str:

@@ -93,8 +93,8 @@ class Rule:
         return product.reshape(self.shape)
 
     def bias(self, g: jax.Array) -> jax.Array:
-        """Σ_T g, the gradient of the bias."""
-        raise NotImplementedError
+        """Σ_T g [p], the gradient of the bias."""
+        return column_sums(g.reshape(-1, g.shape[-1]))
 
     def found(self, x: jax.Array, g: jax.Array, way: str, *more: jax.Array, held: bool) -> Found:
         """

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpsgd.jax.layers.base import Rule, column_sums, default
+from dpsgd.jax.layers.base import Rule, default
 
 
 class Conv(Rule):
@@ -95,7 +95,3 @@ class Conv(Rule):
     def shaped(self, product: jax.Array) -> jax.Array:
         """[groups, K·d/groups, p/groups] as the kernel."""
         return product.transpose(1, 0, 2).reshape(self.shape)
-
-    def bias(self, g: jax.Array) -> jax.Array:
-        """[p]."""
-        return column_sums(g.reshape(-1, g.shape[-1]))

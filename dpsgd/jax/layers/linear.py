@@ -36,10 +36,6 @@ class Linear(Rule):
         """G Wᵀ."""
         return jnp.matmul(g, transposed(weight).astype(g.dtype), precision=self.precision)
 
-    def bias(self, g: jax.Array) -> jax.Array:
-        """[p]."""
-        return column_sums(g.reshape(-1, g.shape[-1]))
-
 
 class LinearGeneral(Rule):
     """``nnx.LinearGeneral``: several axes in, several out; kernel [*in, *out]."""

@@ -44,10 +44,6 @@ class Norm(Rule):
         """[d]."""
         return column_sums(self._along(x, g))
 
-    def bias(self, g: jax.Array) -> jax.Array:
-        """[d]."""
-        return column_sums(g.reshape(-1, g.shape[-1]))
-
     def weighted(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """One sum over all examples."""
         return jax.vmap(self._along)(x, g).sum((0, 1))
