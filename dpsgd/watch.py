@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -53,7 +54,8 @@ class Watch:
         world: number of ranks.
         store: a connection that no other thread waits on.
         timeout_s: without a sign of life, or of progress while others wait, a rank is given up.
-        first_timeout_s: the same for progress until the first update is through (compilation).
+        first_timeout_s: the same for progress until this rank's first physical batch is through,
+            which compiles.
         leave: called with the sentence; it does not return.
         clock: seconds.
     """
@@ -76,10 +78,13 @@ class Watch:
         self._state: dict[str, Any] = {
             "beat": 0,
             "progress": 0,
-            "arrived": 0,  # the update that this rank has come to
+            "arrived": 0,  # collectives that this rank has come to, all of a run's in one order
+            "step": 0,  # the update they belong to
             "patience_s": first_timeout_s,  # how long it may go without progress
+            "trouble": "",  # an error in a collective: another rank's fault, if it has one
             "end": "",
         }
+        self._batches = 0
         self._since: float | None = None  # when this rank began to wait in a collective
         self._last_round = clock()
         self._seen: dict[str, tuple[Any, float]] = {}
@@ -119,37 +124,47 @@ class Watch:
             thread.join(2 * self.interval_s)
 
     def progress(self) -> None:
-        """Called now and then by whoever works: a rank without progress is taken to hang."""
-        self._state["progress"] += 1
+        """Called before each physical batch: a rank without progress is taken to hang."""
+        if self._batches == 1:
+            self._state["patience_s"] = self.timeout_s
+        self._batches += 1
+        self._moved()
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Around work that others may have to wait for, ``first_timeout_s`` at most."""
         before = self._state["patience_s"]
         self._state["patience_s"] = self.first_timeout_s
-        self.progress()
+        self._moved()
         try:
             yield
         finally:
-            self.progress()
+            self._moved()
             self._state["patience_s"] = before
 
     @contextlib.contextmanager
     def waiting(self, step: int) -> Iterator[None]:
-        """Around the collective of update ``step``, until its result is there."""
-        self.progress()
-        self._state["arrived"] = step
+        """Around a collective of update ``step``, until its result is there."""
+        self._moved()
+        self._state["arrived"] += 1
+        self._state["step"] = step
         self._since = self._clock()
         try:
             yield
-        except Exception:
+        except Exception as error:
             # A lost connection names nobody: the watch finds who it was, and ends this process.
+            traceback.print_exc()
+            self._state["trouble"] = _named(error)
             self._stopped.wait(2 * self.timeout_s)
             raise
         finally:
             self._since = None
-        self.progress()
-        self._state["patience_s"] = self.timeout_s
+        self._moved()
+        if self._batches:  # a rank whose shares were empty so far has yet to compile
+            self._state["patience_s"] = self.timeout_s
+
+    def _moved(self) -> None:
+        self._state["progress"] += 1
 
     def verdict(self) -> str | None:
         """What ended the run, if anything did."""
@@ -212,36 +227,40 @@ class Watch:
         state = self._read(other)
         silent_s = self._unchanged("beat", state and state["beat"], now)
         since = self._since  # of the main thread
-        step, waited_s = self._state["arrived"], 0.0 if since is None else now - since
+        arrived, step = self._state["arrived"], self._state["step"]
+        waited_s = 0.0 if since is None else now - since
         if state is None:
             if silent_s < 3 * self.timeout_s:  # imports take their time
                 return None
             return f"rank {other} has never started to work"
         if state["end"].startswith("failed"):
-            return f"rank {other} {state['end']} after arriving at update {state['arrived']}"
+            return f"rank {other} {state['end']} after arriving at update {state['step']}"
         if state["end"]:
-            if waited_s < self.timeout_s or state["arrived"] >= step:
+            if waited_s < self.timeout_s or state["arrived"] >= arrived:
                 return None
-            return f"rank {other} ended after update {state['arrived']}, but update {step} needs it"
+            return f"rank {other} ended after update {state['step']}, but update {step} needs it"
         if silent_s > self.timeout_s:
             return (
                 f"rank {other} has given no sign of life for {silent_s:.0f} s: its process is "
                 "dead or stopped, or its host cannot be reached"
             )
+        troubled_s = self._unchanged("trouble", state["trouble"], now)
+        if state["trouble"] and troubled_s > 1.1 * self.timeout_s:  # later than silence is told
+            return f"rank {other} failed ({state['trouble']}) in update {state['step']}"
         idle_s = self._unchanged("progress", state["progress"], now)
         patience_s = state["patience_s"]
-        if waited_s > self.timeout_s and idle_s > patience_s and state["arrived"] < step:
+        if waited_s > self.timeout_s and idle_s > patience_s and state["arrived"] < arrived:
             return (
                 f"rank {other} hangs: no progress for {idle_s:.0f} s, while update {step} waits "
-                f"for it (it has come to update {state['arrived']})"
+                f"for it (it has come to update {state['step']})"
             )
-        if waited_s > 1.2 * self.timeout_s and self._all_arrived(step):
+        if waited_s > 1.3 * self.timeout_s and self._all_arrived(arrived):
             return (
                 f"all ranks have arrived at update {step}, but its all-reduce has not ended in "
                 f"{waited_s:.0f} s: look at the network between them"
             )
         return None
 
-    def _all_arrived(self, step: int) -> bool:
+    def _all_arrived(self, arrived: int) -> bool:
         states = [self._read(rank) for rank in range(self.world)]
-        return all(state is not None and state["arrived"] >= step for state in states)
+        return all(state is not None and state["arrived"] >= arrived for state in states)

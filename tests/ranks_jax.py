@@ -97,7 +97,7 @@ def logical(size, seed=0):
 def drive(step, batch):
     """One logical batch on all devices."""
     inputs, targets = examples()
-    inputs = inputs.astype(next(iter(step.parameters().values())).dtype)
+    inputs = inputs.astype(jax.tree.leaves(step.params)[0].dtype)
     place = step.place
     shares = [batch.share(w, place.world, even=place.even) for w in place.device_ranks]
     step.declare(draw=shares[0].drawn)
@@ -305,8 +305,8 @@ def disagree(ranks, found):
             found[name] = str(error)
 
 
-def _fated(ranks, fated, end):
-    step = build("jax-bookkeeping", ranks=ranks)
+def _fated(ranks, fated, end, **options):
+    step = build("jax-bookkeeping", ranks=ranks, **options)
     drive(step, logical(9))
     drive(step, logical(1))
     if ranks.rank == fated:
@@ -327,6 +327,11 @@ def first_dies(ranks, found):
 def hangs(ranks, found):
     """Rank 1 does nothing any more."""
     _fated(ranks, 1, lambda: time.sleep(1000))
+
+
+def sharded_hangs(ranks, found):
+    """The same where the others wait for it at each physical batch."""
+    _fated(ranks, 1, lambda: time.sleep(1000), model_shards=4)
 
 
 def trains(folder, method, sigma, optimizer, learning_rate):
@@ -357,7 +362,7 @@ def main(folder, *checks):
         found = trains(folder, *checks[1:])
         Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
-    patience_s = 10 if set(checks) & {"dies", "hangs", "first_dies"} else 60
+    patience_s = 10 if set(checks) & {"dies", "hangs", "sharded_hangs", "first_dies"} else 60
     ranks, found = connect(device="cpu", timeout_s=patience_s), {}
     for check in checks:
         globals()[check](ranks, found.setdefault(check, {}))

@@ -1,5 +1,6 @@
 """A rank that dies, stops, hangs, fails, ends early or disagrees ends the run everywhere."""
 
+import contextlib
 import threading
 import time
 
@@ -34,6 +35,7 @@ class Trio:
             for r in range(3)
         ]
         for watch in self.watches:
+            watch.progress()
             with watch.waiting(1):
                 pass
 
@@ -109,6 +111,21 @@ def test_one_that_hangs_is_named_by_all(trio, victim):
         assert f"rank {victim} hangs: no progress for 11 s, while update 2 waits for it" in words
 
 
+@pytest.mark.parametrize(("batches", "limit_s"), [(0, 60), (1, 60), (2, 10)])
+def test_a_rank_may_take_long_until_its_first_batch_is_through(trio, batches, limit_s):
+    """In whichever update that batch comes: a rank's first shares may be empty."""
+    late = trio.watches[1] = Watch(
+        1, 3, trio.store, timeout_s=10, first_timeout_s=60, clock=lambda: trio.now
+    )
+    with late.waiting(1):
+        pass
+    trio.arrive(0, 2)
+    for _ in range(batches):
+        late.progress()
+    assert not trio.after(limit_s)
+    assert "rank 1 hangs: no progress for" in trio.after(5)[0]
+
+
 @pytest.mark.parametrize("victim", range(3))
 def test_one_that_is_silent_is_named_by_all(trio, victim):
     assert not trio.after(3)
@@ -129,6 +146,41 @@ def test_a_disagreement_is_told_in_full(trio):
     trio.watches[1].stop(Disagreement("rank 2 differs"))
     trio.gone = {1}
     assert "failed (Disagreement: rank 2 differs)" in trio.after(1)[0]
+
+
+def test_one_that_fails_in_a_collective_is_named_if_nobody_else_is_at_fault(trio, capsys):
+    trio.arrive(0, 2)
+    threading.Thread(target=_fail_in_a_collective, args=(trio.watches[1],), daemon=True).start()
+    while not trio.watches[1]._state["trouble"]:
+        time.sleep(0.01)
+    assert trio.after(15)[2] == "rank 1 failed (RuntimeError) in update 2"
+    assert "out of memory" in capsys.readouterr().err
+    trio.watches[1]._stopped.set()
+
+
+def test_one_that_is_silent_is_named_before_those_that_lost_their_connection(trio):
+    trio.after(1)
+    trio.arrive(0)
+    trio.gone = {2}
+    threading.Thread(target=_fail_in_a_collective, args=(trio.watches[1],), daemon=True).start()
+    while not trio.watches[1]._state["trouble"]:
+        time.sleep(0.01)
+    assert all("rank 2 has given no sign" in words for words in trio.after(15).values())
+    trio.watches[1]._stopped.set()
+
+
+def _fail_in_a_collective(watch):
+    with contextlib.suppress(RuntimeError), watch.waiting(2):
+        raise RuntimeError("out of memory")
+
+
+def test_a_rank_that_hangs_between_two_collectives_of_one_update_is_named(trio):
+    """Where each physical batch is reduced, or parameters are gathered for it."""
+    trio.arrive(0, 1, 2)
+    for rank in range(3):
+        trio.open[rank].__exit__(None, None, None)
+    trio.arrive(0, 2)
+    assert "rank 1 hangs: no progress for 11 s, while update 2 waits for it" in trio.after(15)[0]
 
 
 def test_one_that_ends_early_is_named(trio):
@@ -201,11 +253,12 @@ FAULTS = {
     ("dies", 1): "rank 1 has given no sign of life",
     ("stops", 0): "the store of the ranks has not answered",
     ("hangs", 1): "rank 1 hangs: no progress",
+    ("hangs sharded", 1): "rank 1 hangs: no progress",
     ("raises", 2): "rank 2 failed (ZeroDivisionError) after arriving at update 2",
     ("ends", 1): "rank 1 ended after update 2, but update 3 needs it",
     ("differs", 2): "rank 2 differs from rank 0 in draw",
 }
-SLOW = [("stops", 0), ("ends", 1), ("raises", 2)]
+SLOW = [("hangs sharded", 1), ("stops", 0), ("ends", 1), ("raises", 2)]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_ranks_that_agree_go_on(pair):
     [
         ("dies", 0, "rank 1 has given no sign of life"),
         ("hangs", 0, "rank 1 hangs"),
+        ("sharded_hangs", 0, "rank 1 hangs"),
         ("first_dies", 1, "rank 0|leader|coordination service"),
     ],
 )

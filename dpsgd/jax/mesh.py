@@ -20,6 +20,7 @@ its own noise sees a sum with σ²C²(W-1)/W of it; with ``rank0``, the first se
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -200,9 +201,9 @@ class ManyDevices:
         Raises:
             Disagreement: processes differ in step, draw, configuration or parameters.
         """
+        self._settle(total)
         self._updates += 1
         self.agreement.declare(step=self._updates)
-        self.pace(total)
         args = (
             self._join(params, SHARED),
             self._join(opt_state, SHARED),
@@ -232,13 +233,18 @@ class ManyDevices:
 
     def pace(self, total: Any) -> None:
         """Before each physical batch: a watched process waits for its own last one."""
-        if self.ranks.watch:
-            jax.block_until_ready(total)
-            self.ranks.progress()
+        self._settle(total)
+        self.ranks.progress()
 
     def declare(self, **facts: int) -> None:
         """Digests that must be the same in all processes at the next update."""
         self.agreement.declare(**facts)
+
+    def _settle(self, total: Any) -> None:
+        if self.ranks.watch:
+            joint = self.ranks.waiting(self._updates + 1) if self.even else nullcontext()
+            with joint:  # where each physical batch is reduced, others may keep this one waiting
+                jax.block_until_ready(total)
 
     def _slots(self) -> Any:
         # Facts of this process, and where the digest of its parameters goes: by its first device.

@@ -205,7 +205,9 @@ class ShardedDevices(ManyDevices):
 
     def here(self, params: Any) -> Any:
         """The whole parameters, for programs of this process; every process must ask for them."""
-        return self._part(self._whole(params), SHARED)
+        with self.ranks.waiting(self._updates + 1):
+            whole = jax.block_until_ready(self._whole(params))
+        return self._part(whole, SHARED)
 
     def _whole(self, tree: Any) -> Any:
         def cropped(tree):

@@ -61,8 +61,7 @@ class Recorded(TorchStep):
         """The plan, one line for each layer; empty before the first batch."""
         return cost.show(self.plan)
 
-    def accumulate(self, inputs, targets, mask) -> None:
-        """Add the clipped gradients of the unmasked examples."""
+    def _accumulate(self, inputs, targets, mask) -> None:
         for _ in range(2):
             attempt = self._compiled_attempt if self.compile else self._attempt
             finite = attempt(inputs, targets, mask)

@@ -49,20 +49,21 @@ class Sharded(Bookkeeping):
         self._local: list[nn.Parameter] = []
         self._shard_of_sum = self.flat[:0]
 
-    def accumulate(self, inputs, targets, mask) -> None:
-        """Add the clipped gradients of the unmasked examples; all ranks call it equally often."""
+    def _accumulate(self, inputs, targets, mask) -> None:
+        # All ranks call it equally often.
         if len(mask) != self.physical_batch_size:
             raise ValueError(f"{len(mask)} rows: give padded batches of {self.physical_batch_size}")
         self._ready(inputs, targets, mask)  # the plan, and its check, on the whole model
-        self._shard()
-        self.model.unshard()  # parameters that no layer owns are looked at before the forward pass
-        with self._normed(inputs, targets, mask) as (run, losses, squares):
-            finite = squares.isfinite()
-            if not bool(finite.all()):  # no second run, as others would have to join in it
-                with torch.no_grad():
-                    _silence(run, finite)
-                mask = mask & finite
-            self._add(run, losses, self._factors(squares, mask), self.views)
+        with self.ranks.waiting(self.done + 1):  # for others, wherever a unit is gathered
+            self._shard()
+            self.model.unshard()  # parameters that no layer owns are used before the forward pass
+            with self._normed(inputs, targets, mask) as (run, losses, squares):
+                finite = squares.isfinite()
+                if not bool(finite.all()):  # no second run, as others would have to join in it
+                    with torch.no_grad():
+                        _silence(run, finite)
+                    mask = mask & finite
+                self._add(run, losses, self._factors(squares, mask), self.views)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -134,11 +134,14 @@ class TorchStep:
 
     def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
         """NumPy arrays to tensors on the model's device."""
-        self.ranks.progress()
         return tree_map(lambda a: torch.as_tensor(a).to(self.device), (inputs, targets, mask))
 
     def accumulate(self, inputs: Any, targets: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the clipped gradients of the unmasked examples."""
+        self.ranks.progress()
+        self._accumulate(inputs, targets, mask)
+
+    def _accumulate(self, inputs, targets, mask) -> None:
         raise NotImplementedError
 
     def declare(self, **facts: int) -> None:

@@ -49,8 +49,7 @@ class Opacus(TorchStep):
     def _backward(self, losses) -> None:
         losses.sum().backward()
 
-    def accumulate(self, inputs, targets, mask) -> None:
-        """Add the clipped gradients of the unmasked examples."""
+    def _accumulate(self, inputs, targets, mask) -> None:
         if not mask.any():
             return
         with warnings.catch_warnings():

@@ -34,8 +34,7 @@ class SGD(TorchStep):
             losses = self.loss(self.model, select_rows(mask, inputs), targets)
         return torch.where(mask, losses, torch.zeros_like(losses)).sum()
 
-    def accumulate(self, inputs, targets, mask) -> None:
-        """Add the gradients of the unmasked examples."""
+    def _accumulate(self, inputs, targets, mask) -> None:
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         self._total_loss(inputs, targets, mask).backward()

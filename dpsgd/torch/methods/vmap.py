@@ -44,8 +44,7 @@ class Vmap(TorchStep):
         sums = [factors @ torch.where(keep[:, None], r, torch.zeros_like(r)) for r in rows]
         return sums, torch.where(mask, squared.sqrt(), torch.zeros_like(squared))
 
-    def accumulate(self, inputs, targets, mask) -> None:
-        """Add the clipped gradients of the unmasked examples."""
+    def _accumulate(self, inputs, targets, mask) -> None:
         sums, _ = self._run(inputs, targets, mask)
         with torch.no_grad():
             for view, s in zip(self.views, sums, strict=True):
