@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dpsgd import METHODS, keep_freed_memory
+from dpsgd.memory import trim_freed_memory
 from perf import device, memory, runner
 from perf.outcome import WrongResult, outcome
 from perf.partial import Partial
@@ -124,6 +125,7 @@ def measure(request, benchmark, bench):
         try:
             if missing := METHODS[case.method].missing():
                 raise ModuleNotFoundError(f"pip install {' '.join(missing)}")
+            trim_freed_memory()  # or the process keeps what the largest of all cases held
             bench.measure(case, pedantic, row)
             _keep(request.config, row, benchmark.stats)
         except BaseException as error:
@@ -217,6 +219,7 @@ def _measure_memory(session, exitstatus) -> None:
     }
     if not done or exitstatus == 2:
         return
+    trim_freed_memory()
     print_line(f"peak memory of {len(done)} cases, each in a process of its own …")
     for case_id, found in memory.measure(list(done), config.option.device).items():
         if "error" in found:

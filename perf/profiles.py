@@ -15,7 +15,7 @@ from dpsgd import METHODS, methods, models
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _SLOW = ("vit-s16", "vit-b16-4blocks")  # a step takes a CPU half a minute
-_SLOW_IN_JAX = ("bit-r50x1-128px",)  # masked alone would take 6 minutes
+_SLOW_IN_JAX = ("bit-r50x1-128px", "distilbert-64tok")  # or one peer alone would take 6 minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ PROFILES: dict[str, tuple[Block, ...]] = {
         _torch("distilbert-64tok-frozenemb", 8),
         _torch("vit-ti16-4blocks", 16, modes=("compiled",), peers=False),
     ),
-    # On 2 cores, memory included: ViT-Ti 24 min, ViT-B 16, BiT 17, DistilBERT 15.
+    # On 2 cores: ViT-Ti 23 min, ViT-B 13, BiT 10, DistilBERT 13, memory 7.
     "full-jax": (
         *_jax("vit-ti16", 16, without=("jax-ghost",)),
         *_jax("vit-b16-4blocks", 8, without=("jax-ghost",)),

@@ -66,6 +66,12 @@ def run(options, arguments: list[str]) -> int:
             status = child.wait()
         except KeyboardInterrupt:
             status = child.wait()  # it has had the signal too, and saves what it measured
+        if status < 0:
+            print(
+                f"{framework}: its process was killed by signal {-status} (9: perhaps memory ran "
+                "out); what it measured is kept only with --resume"
+            )
+            status = 128 - status
         # 5: -k selected nothing of this framework
         worst = max(worst, 0 if status == 5 else status)
         if status == 2:

@@ -61,3 +61,29 @@ def test_what_is_freed_leaves_no_holes():
         for how in ("return", "default")
     }
     assert found["return"] < 160 < 224 < found["default"], "128 MiB are in use, 256 were"
+
+
+TRIM = """
+import re
+from pathlib import Path
+from dpsgd import keep_freed_memory
+from dpsgd.memory import trim_freed_memory
+keep_freed_memory()
+import numpy as np
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+before = resident()
+arrays = [np.ones(1 << 19) for _ in range(64)]  # of 4 MiB
+last = np.ones(1 << 10)
+del arrays
+kept = resident() - before
+trim_freed_memory()
+print(kept, resident() - before)
+"""
+
+
+def test_what_is_kept_can_be_given_back_at_once():
+    found = subprocess.check_output([sys.executable, "-c", TRIM]).split()
+    assert int(found[1]) < 64 < 192 < int(found[0])

@@ -343,7 +343,7 @@ def test_full_jax_has_two_rows_of_torch_for_each_model():
         assert {"jax-sgd", "jax-sgd-tuned", "jax-bookkeeping"} < {case.method for case in rows}
     assert {case.expected_batch / case.physical_batch for case in found} == {8}
     few = {case.model for case in found if case.rounds < compare.MINIMUM_ROUNDS}
-    assert few == {"vit-b16-4blocks"}
+    assert few == {"vit-b16-4blocks", "bit-r50x1-128px", "distilbert-64tok"}
     assert {case.precision for case in cases("gpu-jax")} == {"fp32", "tf32", "bf16"}
 
 
@@ -355,6 +355,21 @@ def test_selection_errors():
     options = type("O", (), {"rounds": 0, "device": "cpu"})
     with pytest.raises(ValueError, match="--rounds is 0"):
         runner.selected(options)
+
+
+def test_a_framework_whose_process_is_killed_is_no_success(monkeypatch, capsys):
+    class Killed:
+        def __init__(self, *args, **options):
+            pass
+
+        def wait(self):
+            return -9
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Killed)
+    asked = dict.fromkeys(("rounds", "methods", "models", "precision", "compile", "resume"))
+    options = type("O", (), asked | {"profile": "smoke", "device": "cpu"})
+    assert runner.run(options, []) == 128 + 9
+    assert "jax: its process was killed by signal 9" in capsys.readouterr().out
 
 
 # Comparing

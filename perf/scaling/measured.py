@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
+from perf.results import ON_CPU
 from perf.scaling import fit as fits
 from perf.scaling.figure import Series
 from perf.scaling.laws import Law, law
 from perf.scaling.model import Range
 
 BEYOND = (16, 32, 64, 80)
-ON_CPU = "CPU ranks: a check of the code, not a measurement of scaling"
 
 
 def _line(row: dict[str, Any]) -> tuple:
