@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import warnings
 
 import hf
@@ -105,9 +106,12 @@ def test_ghost_on_models_of_hugging_face(name):
     assert_right(step, model, *hf.batch(name, P, 3), np.array([True, False, True, True]))
 
 
-@pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize(
-    "name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in hf.BUILD if n != "vit")]
+    ("name", "method"),
+    [
+        pytest.param(*pair, marks=() if pair == ("vit", OURS[0]) else pytest.mark.slow)
+        for pair in itertools.product(hf.BUILD, OURS)
+    ],
 )
 def test_compiled_in_one_graph(name, method, monkeypatch):
     if name != "vit":  # capturing a graph depends on the model; generating code for it, hardly
