@@ -191,7 +191,7 @@ PROFILES: dict[str, tuple[Block, ...]] = {
         _torch("distilbert-64tok-frozenemb", 8),
         _torch("vit-ti16-4blocks", 16, modes=("compiled",), peers=False),
     ),
-    # On 2 cores: ViT-Ti 23 min, ViT-B 13, BiT 10, DistilBERT 13, memory 7.
+    # On 2 cores: ViT-Ti 23 min, ViT-B 13, BiT 10, DistilBERT 13 (estimated), memory 10.
     "full-jax": (
         *_jax("vit-ti16", 16, without=("jax-ghost",)),
         *_jax("vit-b16-4blocks", 8, without=("jax-ghost",)),
