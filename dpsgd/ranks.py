@@ -75,7 +75,7 @@ class Ranks:
         return self.watch.busy() if self.watch else contextlib.nullcontext()
 
     def progress(self) -> None:
-        """After each physical batch."""
+        """Before each physical batch."""
         if self.watch:
             self.watch.progress()
 

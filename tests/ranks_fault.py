@@ -7,11 +7,8 @@ import time
 
 import ranks_torch
 import torch
-from torch import nn
 
-from dpsgd import PrivacyConfig
 from dpsgd.torch.distributed import connect, disconnect
-from dpsgd.torch.models import cross_entropy, optimizer
 from dpsgd.torch.sharded import Sharded
 
 TIMEOUT_S = 6.0
@@ -28,22 +25,12 @@ def fault(kind):
         raise ZeroDivisionError("a secret")
 
 
-def sharded(ranks):
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    config = PrivacyConfig(
-        num_examples=1000, sample_rate=0.01, steps=10, noise_multiplier=0.0, clip_norm=1.0
-    )
-    options = {"loss": cross_entropy, "physical_batch_size": ranks_torch.P, "ranks": ranks}
-    return Sharded(model, optimizer(model, "sgd", 1.0), config, **options)
-
-
 def main(folder, kind, victim):
     torch.set_num_threads(1)
     ranks = connect(device="cpu", timeout_s=TIMEOUT_S)
     kind, _, how = kind.partition(" ")
-    step = ranks_torch.build("torch-bookkeeping", ranks) if not how else sharded(ranks)
-    even = bool(how)  # each physical batch needs all
+    even = how == "sharded"  # each physical batch needs all
+    step = ranks_torch.build(Sharded if even else "torch-bookkeeping", ranks)
     try:
         for number in range(1, 6):
             if number == 3 and ranks.rank == int(victim):

@@ -26,7 +26,7 @@ SIZES = (21, 2, 0)
 METHOD_NAMES = [name for name, row in METHODS.items() if row.framework == "torch"]
 
 
-def build(name, ranks, *, double=False, sigma=0.0, clip=1.0, seed=None, **more):
+def build(kind, ranks, *, double=False, sigma=0.0, clip=1.0, seed=None, **more):
     spec = models.get("digits-cnn")
     model = torch_models.build(spec, seed=1)
     if double:
@@ -34,7 +34,8 @@ def build(name, ranks, *, double=False, sigma=0.0, clip=1.0, seed=None, **more):
     privacy = PrivacyConfig(
         num_examples=1000, sample_rate=0.01, steps=10, noise_multiplier=sigma, clip_norm=clip
     )
-    return METHODS[name].build(
+    make = METHODS[kind].build if isinstance(kind, str) else kind
+    return make(
         model,
         torch_models.optimizer(model, "sgd", 1.0),
         privacy,

@@ -205,15 +205,15 @@ class ShardedDevices(ManyDevices):
 
     def here(self, params: Any) -> Any:
         """The whole parameters, for programs of this process; every process must ask for them."""
-        with self.ranks.waiting(self._updates + 1):
-            whole = jax.block_until_ready(self._whole(params))
-        return self._part(whole, SHARED)
+        return self._part(self._whole(params), SHARED)
 
     def _whole(self, tree: Any) -> Any:
         def cropped(tree):
             return jax.tree.map(lambda a, like: a[_corner(like)], tree, self.like)
 
-        return jax.jit(cropped, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
+        gathered = jax.jit(cropped, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        with self.ranks.waiting(self._updates + 1):
+            return jax.block_until_ready(gathered(tree))
 
     def _spec(self, a: Any) -> PartitionSpec:
         return PartitionSpec(*(("model" if n == _longest(a) else None) for n in range(a.ndim)))
