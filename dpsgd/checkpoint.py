@@ -23,6 +23,7 @@ import json
 import os
 import secrets
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,10 +42,13 @@ class Keys:
     sampling: int = field(repr=False)
     noise: int = field(repr=False)
     number: int = 0  # how many keys this run had before
-    world: int = 1  # ranks whose noise adds up to that of one
+    shares: int = 1  # devices whose noise adds up to that of one
+    seeded: bool = False  # not secret to whoever knows the seed
 
     @classmethod
-    def fresh(cls, ranks: Ranks, seed: int | None = None, number: int = 0) -> "Keys":
+    def fresh(
+        cls, ranks: Ranks, seed: int | None = None, number: int = 0, shares: int | None = None
+    ) -> "Keys":
         """From the operating system; or from ``seed``, which whoever knows it can repeat."""
         if seed is None:
             sampling, noise = ranks.shared_key(), secrets.randbits(128)
@@ -52,7 +56,13 @@ class Keys:
             children = np.random.SeedSequence(seed, spawn_key=(number,)).spawn(2)
             words = [child.generate_state(4, np.uint32).tobytes() for child in children]
             sampling, noise = (int.from_bytes(word, "little") for word in words)
-        return cls(sampling=sampling, noise=noise, number=number, world=ranks.world)
+        return cls(
+            sampling=sampling,
+            noise=noise,
+            number=number,
+            shares=shares or ranks.world,
+            seeded=seed is not None,
+        )
 
 
 class Folder:
@@ -83,9 +93,15 @@ class Folder:
             return
         if not resume:
             raise ValueError(f"{self.path} holds a run already: resume it, or take another folder")
-        with np.load(self._model, allow_pickle=False) as saved:
-            self._state = dict(saved)
-        public = json.loads(str(self._state.pop("public")))
+        try:
+            with np.load(self._model, allow_pickle=False) as saved:
+                self._state = dict(saved)
+            public = json.loads(str(self._state.pop("public")))
+        except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{self._model} is damaged, or not of dpsgd ({type(error).__name__}): put it back "
+                "whole, or take another folder"
+            ) from error
         self.done = public["done"]
         self._check(public["config"])
         if self.charged < public["charged"]:
@@ -99,21 +115,23 @@ class Folder:
                     "resume with the same options"
                 )
 
-    def keys(self, seed: int | None) -> Keys:
+    def keys(self, seed: int | None, shares: int | None = None) -> Keys:
         """
         Those of the run, if every rank still has its own; otherwise fresh ones on all ranks.
 
-        The number of ranks may change, but with it do the shares of the noise: fresh ones, too.
+        The number of devices may change, but with it do the shares of the noise: fresh ones, too.
 
         Args:
             seed: what fresh keys come from in a repeatable run; None is the operating system.
+            shares: devices that the noise is split over; None: one for each rank.
         """
+        shares = shares or self.ranks.world
         last = max((int(line[:4]) for line in self._lines() if line[:4].isdigit()), default=-1)
         mine = self._read_keys() if self._state is not None else None
-        known = mine is not None and mine.number >= last and mine.world == self.ranks.world
+        known = mine is not None and mine.number >= last and mine.shares == shares
         answers = self.ranks.exchange("keys", str(mine.number) if mine and known else "")
         if mine is None or len({*answers}) > 1 or not answers[0]:
-            mine = Keys.fresh(self.ranks, seed, last + 1)
+            mine = Keys.fresh(self.ranks, seed, last + 1, shares)
             _write(self._keys, json.dumps(asdict(mine)).encode())
         self._number = mine.number
         if self.ranks.rank == 0 and self._ledger.exists():
@@ -143,10 +161,10 @@ class Folder:
         if self.ranks.rank:
             return
         public = {"done": step.done, "charged": self.charged, "config": self.config}
-        file = io.BytesIO()
-        arrays: dict[str, Any] = {"public": np.array(json.dumps(public)), **step.state()}
-        np.savez(file, **arrays)
         with self.ranks.busy():
+            file = io.BytesIO()
+            arrays: dict[str, Any] = {"public": np.array(json.dumps(public)), **step.state()}
+            np.savez(file, **arrays)
             _write(self._model, file.getbuffer())
 
     @property
@@ -160,7 +178,7 @@ class Folder:
     def _read_keys(self) -> Keys | None:
         try:
             return Keys(**json.loads(self._keys.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):  # or damaged: as good as lost
             return None
 
 

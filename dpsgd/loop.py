@@ -4,8 +4,9 @@ The loop of all steps, as every rank runs it: progress, what was begun, checkpoi
 Nothing that depends on the training data is shown, unless diagnostics are asked for.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,35 @@ class Interrupted(KeyboardInterrupt):
         self.steps, self.epsilon = steps, epsilon
 
 
+class Tally:
+    """Steps to charge: those that were begun, in this run or, with its ``folder``, before."""
+
+    def __init__(self, folder: Folder | None = None) -> None:
+        self._folder = folder
+        self._begun = folder.done if folder else 0
+
+    def begin(self, number: int) -> None:
+        """Before the update of step ``number``: interrupted in it, the sum may be out already."""
+        self._begun = number
+        if self._folder:
+            self._folder.begin(number)
+
+    @property
+    def steps(self) -> int:
+        """How many."""
+        return self._folder.charged if self._folder else self._begun
+
+    @contextlib.contextmanager
+    def stated(self, config: PrivacyConfig) -> Iterator[None]:
+        """Ctrl-C within, at whatever point, says what was spent, if anything was."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if steps := self.steps:
+                raise Interrupted(steps, spent(config, steps)) from None
+            raise
+
+
 def run(
     step: Any,
     draws: Iterable[LogicalBatch],
@@ -33,13 +63,14 @@ def run(
     config: PrivacyConfig,
     *,
     ranks: Ranks,
+    tally: Tally,
     folder: Folder | None = None,
     every: int = 10,
     report: Callable[[str], None] | None = None,
     progress: bool = False,
-) -> tuple[float, int]:
+) -> float:
     """
-    Run what is left of T logical steps.
+    Run what is left of T logical steps, and return the seconds they took.
 
     Args:
         step: of :meth:`dpsgd.Method.build`.
@@ -47,48 +78,37 @@ def run(
         dataset: what the draws point into.
         config: the public configuration.
         ranks: this process among all.
+        tally: counts what is begun.
         folder: where checkpoints go, one after each ``every`` updates and after the last.
         every: updates from one checkpoint to the next.
         report: takes diagnostics, which depend on the training data.
         progress: show a progress bar.
-
-    Returns:
-        Seconds, and the steps to charge: those that were begun, in this run and before.
-
-    Raises:
-        Interrupted: Ctrl-C.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
     first = folder.done if folder else 0
-    begun, start = first, time.perf_counter()
-    try:
-        with Progress(
-            "steps",
-            BarColumn(),
-            MofNCompleteColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not progress,
-        ) as bar:
-            task = bar.add_task("", total=config.steps, completed=first)
-            for number, logical in enumerate(draws, first + 1):
-                _accumulate(step, logical, number, dataset, config, ranks, report)
-                begun = number  # before the update: interrupted in it, the sum may be out already
-                if folder:
-                    folder.begin(number)
-                if ranks.world > 1:
-                    step.declare(draw=logical.drawn)
-                step.update()
-                bar.advance(task)
-                if folder and (number % every == 0 or number == config.steps):
-                    folder.save(step)
-            step.synchronize()
-    except KeyboardInterrupt:
-        charged = folder.charged if folder else begun
-        raise Interrupted(charged, spent(config, charged)) from None
-    return time.perf_counter() - start, folder.charged if folder else begun
+    start = time.perf_counter()
+    with Progress(
+        "steps",
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not progress,
+    ) as bar:
+        task = bar.add_task("", total=config.steps, completed=first)
+        for number, logical in enumerate(draws, first + 1):
+            _accumulate(step, logical, number, dataset, config, ranks, report)
+            tally.begin(number)
+            if ranks.world > 1:
+                step.declare(draw=logical.drawn)
+            step.update()
+            bar.advance(task)
+            if folder and (number % every == 0 or number == config.steps):
+                folder.save(step)
+        step.synchronize()
+    return time.perf_counter() - start
 
 
 def _accumulate(step, logical, number, dataset, config, ranks, report) -> None:

@@ -64,7 +64,7 @@ class Method:
     One row. ``target`` is ``module:Class``; ``baseline`` the SGD row it is paired with.
 
     ``static_shapes``: compiles once whatever is drawn. ``accepts_ragged``: takes variable physical
-    sizes without cost, so it is given no padding. ``deviations``: where a peer differs from exact
+    sizes without cost, while it is not compiled. ``deviations``: where a peer differs from exact
     flat clipping, each asserted by a test.
     """
 
@@ -83,6 +83,10 @@ class Method:
     def framework(self) -> str:
         """``torch`` or ``jax``."""
         return self.name.split("-")[0]
+
+    def pads(self, compile: bool) -> bool:
+        """Whether physical batches are padded to P: where each size would be compiled anew."""
+        return not self.accepts_ragged or (compile and self.framework == "torch")
 
     def missing(self) -> tuple[str, ...]:
         """The packages this method needs that are not installed here."""

@@ -227,6 +227,7 @@ _OLD_NAMES = (
 
 
 def _checkpoint(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     files = sorted(Path(folder).glob("*.safetensors"))
@@ -234,7 +235,11 @@ def _checkpoint(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[
         raise ValueError(f"{folder} holds no *.safetensors file; give the checkpoint's folder")
     found: dict[str, np.ndarray] = {}
     for file in files:
-        for name, value in load_file(file).items():
+        try:
+            loaded = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+        for name, value in loaded.items():
             for renames in ((), _OLD_NORMS, _OLD_NAMES):
                 for old, new in renames:
                     name = name.replace(old, new)

@@ -194,7 +194,7 @@ def noise_multiplier(
             delta=delta,
             neighbours=neighbours,
         )
-        return math.log(spent / target_epsilon)
+        return math.log(max(spent, 1e-300) / target_epsilon)  # 0 where qT is below δ
 
     from dp_accounting.rdp import RdpAccountant
 

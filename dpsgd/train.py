@@ -45,6 +45,7 @@ class Result:
         noise_multiplier: σ, given or calibrated; 0 for a method without privacy.
         steps: those that are charged: T, and more where a resumed run had lost its keys.
         seconds: wall time of the steps alone.
+        seeded: whether draws and noise came from a seed: ε holds for nobody who knows it.
         step: holds the trained model (``step.model``, ``step.parameters()``).
     """
 
@@ -56,6 +57,7 @@ class Result:
     noise_multiplier: float
     steps: int
     seconds: float
+    seeded: bool
     step: Step
 
 
@@ -123,8 +125,8 @@ def train(
         progress: show a progress bar on stderr.
 
     Raises:
-        KeyError, ValueError, FileNotFoundError, ModuleNotFoundError: an option cannot work; the
-            message says why.
+        KeyError, ValueError, OSError, ModuleNotFoundError: an option cannot work; the message
+            says why.
         Interrupted: Ctrl-C after the first step had begun.
     """
     row, spec = methods.get(method), models.get(model)
@@ -177,65 +179,76 @@ def train(
         if checkpoint is not None:
             public |= {"device": place, **dataclasses.asdict(config)}
             folder = Folder(checkpoint, ranks, public, resume=resume)
-        keys = folder.keys(seed) if folder else Keys.fresh(ranks, seed)
-        draws = rank_batches(
-            num_examples,
-            sample_rate,
-            physical_batch_size,
-            steps,
-            ranks=ranks,
-            seed=keys.sampling,
-            placement=placement,
-            even=sync == "every",
-            padded=not row.accepts_ragged,
-            done=folder.done if folder else 0,
-        )
-        many = {"ranks": ranks, "noise_placement": noise_placement, "sync": sync}
-        step = row.build(
-            net,
-            framework.optimizer(net, optimizer, learning_rate),
-            config,
-            loss=framework.cross_entropy,
-            physical_batch_size=physical_batch_size,
-            precision=precision,
-            compile=compile,
-            seed=keys.noise,
-            **(many if ranks.world > 1 or _devices(row) else {}),
-        )
-        if folder:
-            folder.restore(step)
-        seconds, charged = loop.run(
-            step,
-            draws,
-            dataset,
-            config,
-            ranks=ranks,
-            folder=folder,
-            every=checkpoint_every,
-            report=report if row.private and ranks.rank == 0 else None,
-            progress=progress and ranks.rank == 0,
-        )
-        told = ranks.rank == 0
+        tally = loop.Tally(folder)
+        alone = row.framework == "jax" and not row.static_shapes and ranks.world == 1
+        shares = 1 if alone else _shares(row, place, ranks)
+        with tally.stated(config):
+            keys = folder.keys(seed, shares) if folder else Keys.fresh(ranks, seed)
+            draws = rank_batches(
+                num_examples,
+                sample_rate,
+                physical_batch_size,
+                steps,
+                ranks=ranks,
+                seed=keys.sampling,
+                placement=placement,
+                even=sync == "every",
+                padded=row.pads(compile),
+                done=folder.done if folder else 0,
+            )
+            many = {"ranks": ranks, "noise_placement": noise_placement, "sync": sync}
+            step = row.build(
+                net,
+                framework.optimizer(net, optimizer, learning_rate),
+                config,
+                loss=framework.cross_entropy,
+                physical_batch_size=physical_batch_size,
+                precision=precision,
+                compile=compile,
+                seed=keys.noise,
+                **({} if alone else many),
+            )
+            if folder:
+                folder.restore(step)
+            seconds = loop.run(
+                step,
+                draws,
+                dataset,
+                config,
+                ranks=ranks,
+                tally=tally,
+                folder=folder,
+                every=checkpoint_every,
+                report=report if row.private and ranks.rank == 0 else None,
+                progress=progress and ranks.rank == 0,
+            )
+            accuracy = spent = math.nan
+            if ranks.rank == 0:
+                with ranks.busy():
+                    accuracy = _accuracy(framework, step, dataset)
+                    spent = loop.spent(config, tally.steps) if row.private else math.inf
+            ranks.exchange("evaluated", "", timeout_s=3600)  # none leaves while rank 0 is at it
         return Result(
-            test_accuracy=_accuracy(framework, step, dataset) if told else math.nan,
-            epsilon=_spent(row, config, charged) if told else math.nan,
+            test_accuracy=accuracy,
+            epsilon=spent,
             delta=delta,
             neighbours=config.neighbours,
             accountant="PLD",
             noise_multiplier=config.noise_multiplier,
-            steps=charged,
+            steps=tally.steps,
             seconds=seconds,
+            seeded=keys.seeded,
             step=step,
         )
 
 
-def _devices(row: Method) -> bool:
-    # Whether one process may drive several devices.
-    return row.framework == "jax" and row.static_shapes
+def _shares(row: Method, device: str, ranks: Ranks) -> int:
+    # Devices that the noise is split over: in JAX, one process may drive several.
+    if row.framework == "torch":
+        return ranks.world
+    import jax
 
-
-def _spent(row: Method, config: PrivacyConfig, charged: int) -> float:
-    return loop.spent(config, charged) if row.private else math.inf
+    return len(jax.devices(device))
 
 
 def _framework(row: Method) -> ModuleType:
@@ -247,7 +260,7 @@ def _framework(row: Method) -> ModuleType:
         ) from error
 
 
-def _device(row: Method, device: str | None) -> str | None:
+def _device(row: Method, device: str | None) -> str:
     if row.framework == "torch":
         import torch
 
@@ -255,11 +268,11 @@ def _device(row: Method, device: str | None) -> str | None:
         device = device or ("cuda" if there else "cpu")
         if device == "cuda" and not there:
             raise ValueError("torch finds no CUDA device here: use --device cpu")
-    elif device:
+    else:
         import jax
 
         try:
-            jax.devices(device)
+            device = jax.devices(device)[0].platform
         except RuntimeError as error:
             raise ValueError(f"JAX finds no {device} device here: drop --device") from error
     return device
@@ -369,13 +382,13 @@ def _main(args: argparse.Namespace) -> int:
             report=print if args.diagnostics else None,
             progress=sys.stderr.isatty(),
         )
-    except (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError) as error:
-        words = error.args[0] if isinstance(error, KeyError) else error
-        print("dpsgd.train:", " ".join(str(words).split()), file=sys.stderr)
-        return 2
     except (Disagreement, TimeoutError) as error:
         print(f"dpsgd.train: {error}", file=sys.stderr)
         return 70
+    except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
+        words = error.args[0] if isinstance(error, KeyError) else error
+        print("dpsgd.train:", " ".join(str(words).split()), file=sys.stderr)
+        return 2
     except Interrupted as stop:
         if Ranks.from_env().rank:
             return 130
@@ -391,7 +404,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"σ = {result.noise_multiplier:.4g}, C = {args.clip_norm:g}")
     print(f"test accuracy {result.test_accuracy:.4f}")
     print(_statement(args, result.epsilon, result.steps))
-    if args.seed is not None and METHODS[args.method].private:
+    if result.seeded and METHODS[args.method].private:
         print("the seed is fixed: this ε holds for nobody who knows it")
     if args.diagnostics:
         print("diagnostics were shown: this run is outside the privacy guarantee")

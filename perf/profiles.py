@@ -99,9 +99,8 @@ class Case:
 
     @property
     def ragged(self) -> bool:
-        """No padding: the row takes variable shapes without cost (torch: in eager mode only)."""
-        free = self.row.framework == "jax" or not self.compile
-        return self.row.accepts_ragged and free
+        """No padding: the row takes variable shapes without cost."""
+        return not self.row.pads(self.compile)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from dpsgd import METHODS, PrivacyConfig, cost, reference
 from dpsgd.torch.layers import rule_for
-from dpsgd.torch.layers.base import Seen
+from dpsgd.torch.layers.base import Seen, scale_rows
 from dpsgd.torch.layers.conv import Conv
 
 P = 4
@@ -256,8 +256,58 @@ class Scaled(nn.Module):
         return self.linear(self.own(x)) * self.scale.exp()[self.order]
 
 
+class Tied(nn.Module):
+    """A table that is the embedding and ``heads`` output layers."""
+
+    def __init__(self, calls=1, heads=1, bias=False):
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.heads = nn.ModuleList(nn.Linear(3, 5, bias=bias) for _ in range(heads))
+        for head in self.heads:
+            head.weight = self.table.weight
+        self.calls = calls
+
+    def forward(self, x):
+        ids = x.detach().abs().mul(10).long() % 5
+        x = sum(self.table(torch.roll(ids, n, 1)) for n in range(self.calls))
+        return sum(torch.sin(head(x)) for head in self.heads)
+
+
+class Crossed(nn.Module):
+    """A parameter that a layer owns, and that is also used bare, elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.shift = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+        self.linear.bias = self.shift
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x)) + self.shift
+
+
+class Written(nn.Module):
+    """Writes into what its layers gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.relu_(self.norm(self.first(x)))
+        y = self.last(x)
+        y += x
+        return y
+
+
 LAYERS = {
     "twice": (Twice, (6,)),
+    "tied": (Tied, (4,)),
+    "tied, a head with bias": (lambda: Tied(bias=True), (4,)),
+    "tied, two lookups": (lambda: Tied(calls=2), (4,)),
+    "tied, two heads": (lambda: Tied(heads=2), (4,)),
+    "bare and of a layer": (Crossed, (6,)),
+    "written into": (Written, (2, 5, 5)),
     "scaled": (Scaled, (3, 6)),
     "no bias": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, bias=False)), (2, 6)),
     "no affine": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, False)), (6,)),
@@ -354,21 +404,92 @@ def test_the_plan_can_be_measured():
 
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_bad_example_contributes_nothing(method, compiled):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_bad_example_contributes_nothing(method, compiled, number):
     model = hf.build("vit")
-    step = build(model, method=method, compile=compiled)
     inputs, targets = hf.batch("vit", P)
-    bad = inputs.copy()
-    bad[1] = np.float32(1e30)  # finite, but nothing of its gradient is
-    everything, others = np.ones(P, bool), np.array([True, False, True, True])
-    want = step.clipped_sum(*step.put(inputs, targets, others))
-    got = step.clipped_sum(*step.put(bad, targets, everything))
+    bad, everything, others = inputs.copy(), np.ones(P, bool), np.arange(P) != number
+    bad[number] = np.float32(1e30)  # finite, but nothing of its gradient is
+    want = build(model, method=method)
+    want = want.clipped_sum(*want.put(inputs, targets, others))
+    step = build(model, method=method, compile=compiled)
+    got = step.clipped_sum(*step.put(bad, targets, everything))  # in the very first batch
     for n in want:
         np.testing.assert_allclose(got[n], want[n], atol=1e-6)
     with torch.no_grad():
         next(iter(model.parameters())).fill_(float("nan"))  # then no example is good
     got = step.clipped_sum(*step.put(inputs, targets, everything))
     assert not any(g.any() for g in got.values())
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_batch_without_a_good_example_is_no_end(method):
+    model = hf.build("vit")
+    step, mask = build(model, method=method), np.ones(P, bool)
+    inputs, targets = hf.batch("vit", P)
+    placed = step.put(np.full_like(inputs, np.nan), targets, mask)
+    assert not any(g.any() for g in step.clipped_sum(*placed).values())
+    assert np.isnan(step.norms(*placed)).all()
+    assert_right(step, model, inputs, targets, mask)
+
+
+class Standardised(nn.Module):
+    """NaN for an example of zeros, as attention to no token is."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True))
+
+
+@pytest.mark.parametrize("method", ["torch-sgd", "torch-vmap", *OURS])
+@pytest.mark.parametrize("mask", [[True, False, True, False], [False, True, True, True]])
+def test_padding_does_no_harm_where_zeros_are_nan(method, mask):
+    torch.manual_seed(0)
+    model, mask = Standardised(), np.array(mask)
+    inputs = np.random.default_rng(0).standard_normal((P, 6), np.float32)
+    targets, step = np.zeros(P, np.int64), build(model, each, method=method, clip_norm=1e3)
+    if method != "torch-sgd":
+        assert_right(step, model, inputs, targets, mask, each)
+    bound = step.privacy.clip_norm if step.private else 1e9
+    rows = list(gradients(model, inputs, targets, each))
+    want = reference.clipped_sum(rows, mask, bound)
+    inputs[~mask] = 0
+    got = step.clipped_sum(*step.put(inputs, targets, mask))
+    for n in want:
+        np.testing.assert_allclose(got[n], want[n], atol=1e-5)
+
+
+def test_a_factor_is_not_rounded_up_to_bf16():
+    factors = torch.linspace(0.1, 1, 50)
+    g = torch.full((50, 2), 1.0).bfloat16() * 3
+    scaled = scale_rows(g, factors)
+    assert scaled.dtype == torch.bfloat16
+    assert torch.equal(scaled[:, 0], (3 * factors).bfloat16())
+    rounded_first = 3 * factors.bfloat16()
+    assert not torch.equal(scaled[:, 0], rounded_first)
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_compiled_step_heeds_another_configuration(method, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model, (inputs, targets) = hf.build("vit"), hf.batch("vit", P)
+    step = build(model, method=method, compile=True, clip_norm=1e3)
+    placed = step.put(inputs, targets, np.ones(P, bool))
+    step.clipped_sum(*placed)
+    step.privacy = PrivacyConfig(
+        num_examples=1000, sample_rate=0.01, noise_multiplier=1e6, clip_norm=1e-3, steps=10
+    )
+    rows = list(gradients(model, inputs, targets))
+    want = reference.clipped_sum(rows, np.ones(P, bool), 1e-3)
+    for n, got in step.clipped_sum(*placed).items():
+        np.testing.assert_allclose(got, want[n], atol=1e-7)
+    before = step.parameters()
+    step.update()
+    moved = np.concatenate([(p - before[n]).ravel() for n, p in step.parameters().items()])
+    assert moved.std() == pytest.approx(1e6 * 1e-3 / 10, rel=0.1)
 
 
 class Coincident(nn.Module):

@@ -103,7 +103,7 @@ def test_the_comparison_rejects_what_is_forgotten(monkeypatch, tmp_path, method,
     elif forgotten == "the optimizer":
 
         def model_alone(self, state, done):
-            of_model = {n: a for n, a in state.items() if n.startswith("model")}
+            of_model = {n: a for n, a in state.items() if not n.startswith("optimizer")}
             fresh = {n: a for n, a in self.state().items() if n.startswith("optimizer")}
             restore(self, of_model | fresh, done)
 
@@ -186,6 +186,48 @@ def test_another_run_in_the_folder_is_refused(tmp_path, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:100]), "is damaged"),
+        (lambda f: f.write_bytes(b""), "is damaged"),
+        (lambda f: np.savez(f, other=np.zeros(2)), "not of dpsgd"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path, capsys, damage, words):
+    line = [*LINE, "--checkpoint", str(tmp_path), "--steps", "1"]
+    assert main(line) == 0
+    damage(tmp_path / "checkpoint.npz")
+    assert main([*line, "--resume"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*LINE, "--checkpoint", str(tmp_path / "file")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "exists" in line
+
+
+def test_frozen_parameters_must_be_those_of_the_beginning(tmp_path):
+    options = {
+        **{"method": "jax-masked", "model": "distilbert-test-frozenemb", "data": "synthetic"},
+        **{"device": "cpu", "steps": 1, "sample_rate": 0.002, "noise_multiplier": 1.0},
+        **{"physical_batch_size": 2, "checkpoint": tmp_path, "resume": True},
+    }
+    train(**options, seed=1)
+    with pytest.raises(ValueError, match="frozen parameters are not those"):
+        train(**options)  # its embeddings would be those of another seed
+    assert train(**options, seed=1).seeded
+
+
+def test_whether_keys_came_from_a_seed_stays_known(tmp_path, capsys):
+    line = [*LINE, "--steps", "1", "--checkpoint", str(tmp_path), "--resume"]
+    assert main([*line, "--seed", "3"]) == 0
+    assert main(line) == 0
+    assert capsys.readouterr().out.count("the seed is fixed") == 2
+
+
 def test_options_that_cannot_work_are_refused(capsys):
     assert main([*LINE, "--resume"]) == 2
     assert "resume needs" in capsys.readouterr().err
@@ -266,6 +308,17 @@ def test_keys_that_do_not_fit_are_replaced_on_all_ranks(tmp_path, change):
     assert len({k.sampling for k in fresh}) == 1
     assert not {k.noise for k in fresh} & {k.noise for k in keys}
     assert fresh[0].sampling != keys[0].sampling
+
+
+def test_another_number_of_devices_gets_fresh_keys(tmp_path):
+    def keys(shares):
+        return Folder(tmp_path, Ranks(), {"lr": 1.0}, resume=True).keys(None, shares)
+
+    begun(tmp_path, 1)
+    (tmp_path / "keys").unlink()
+    one, again, two = keys(1), keys(1), keys(2)
+    assert one == again
+    assert two.noise != one.noise, "z and (z + z')/√2 together would tell more than is charged"
 
 
 def test_a_seed_never_repeats_a_key_that_was_lost(tmp_path):

@@ -426,6 +426,15 @@ def test_what_has_no_gradient_is_named():
         build(model)
 
 
+def test_active_dropout_is_refused_by_name():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+    with pytest.raises(ValueError, match=r"'layers.1' has active dropout.*model.eval"):
+        build(model)
+    model.eval()
+    assert build(model) is not None
+
+
 class Centred(nnx.Module):
     """Subtracts the mean over the batch, or over each example's own positions."""
 

@@ -73,6 +73,10 @@ def test_a_large_delta_warns():
         PrivacyConfig(**GOOD | {"delta": 1e-3})
 
 
+def test_a_rate_so_low_that_delta_covers_it_needs_no_search():
+    assert 0 < noise_multiplier(1.0, sample_rate=1e-7, steps=5, delta=1e-5) < 1
+
+
 def test_epsilon_must_be_positive_and_reachable():
     with pytest.raises(ValueError, match="epsilon is 0"):
         noise_multiplier(0, sample_rate=0.1, steps=1, delta=1e-5)

@@ -135,6 +135,33 @@ def test_ctrl_c_states_what_was_spent(capsys, monkeypatch, where, begun):
     assert f"T={begun}, PLD" in out
 
 
+def test_ctrl_c_in_the_evaluation_states_what_was_spent(capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_accuracy", interrupted)
+    assert main(QUICK) == 130
+    out = capsys.readouterr().out
+    assert "after 3 of 3 steps" in out
+    assert "T=3, PLD" in out
+
+
+def test_compiled_steps_get_padded_batches(monkeypatch):
+    sizes, original = [], Vmap.accumulate
+
+    def seen(self, *batch):
+        sizes.append(len(batch[2]))
+        return original(self, *batch)
+
+    monkeypatch.setattr(Vmap, "accumulate", seen)
+    monkeypatch.setattr(Vmap, "compiled", lambda self, function: function)
+    options = {"steps": 3, "sample_rate": 0.1, "noise_multiplier": 1.0, "device": "cpu"}
+    train(**options, compile=True)
+    assert {*sizes} == {64}
+    train(**options)
+    assert len({*sizes}) > 2
+
+
 def test_ctrl_c_before_the_first_step_spends_nothing(capsys, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

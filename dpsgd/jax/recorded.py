@@ -208,7 +208,8 @@ def replaced(leaves: list, numbers: list[int], own: list) -> list:
 
 def _product(use: Use, x, g, factors, good):
     # The select fuses with the copies that the product makes anyway.
-    g = g * factors.reshape(-1, *[1] * (g.ndim - 1)).astype(g.dtype)
+    # The factors are not rounded to bf16, which could raise one above C/‖g‖.
+    g = (g * factors.reshape(-1, *[1] * (g.ndim - 1))).astype(g.dtype)
     if good is not None:
         x, g = (jnp.where(good.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in (x, g))
     product = use.rule.weighted

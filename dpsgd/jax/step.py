@@ -6,6 +6,7 @@ shape, in ``accumulate``, whose running sum is donated, so that it is updated in
 are arguments of the compiled functions: another ``privacy`` needs no other compilation.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,14 +41,22 @@ def check_model(model: nnx.Module, wrt: Any = nnx.Param) -> None:
     Refuse what cannot be clipped per example; ``wrt`` is the nnx filter of what is trained.
 
     Raises:
-        ValueError: a BatchNorm layer or a parameter without a gradient, named, or no trainable
-            parameter.
+        ValueError: a BatchNorm layer, active dropout or a parameter without a gradient, named, or
+            no trainable parameter.
     """
     for path, node in nnx.iter_graph(model):
+        name = ".".join(map(str, path))
         if isinstance(node, nnx.BatchNorm):
             raise ValueError(
-                f"layer {'.'.join(map(str, path))!r} is a BatchNorm, which mixes examples, so no "
+                f"layer {name!r} is a BatchNorm, which mixes examples, so no "
                 "per-example gradient exists: replace it by GroupNorm"
+            )
+        drops = isinstance(node, nnx.Dropout) and node.rate
+        drops = drops or (isinstance(node, nnx.MultiHeadAttention) and node.dropout_rate)
+        if drops and node.deterministic is False:
+            raise ValueError(
+                f"layer {name!r} has active dropout, whose state is not trained: all steps would "
+                "drop the same; call model.eval(), or set its rate to 0"
             )
     params = nnx.to_flat_state(nnx.state(model, wrt))
     if not params:
@@ -224,11 +233,22 @@ class JaxStep:
         return np.asarray(self._norms(self.params, clip_norm, inputs, targets, mask))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Model and optimizer, by name; nothing secret."""
-        return {name: np.asarray(a) for name, a in _named(self._kept())}
+        """Model and optimizer, by name, and a digest of what is frozen; nothing secret."""
+        found = {name: np.asarray(a) for name, a in _named(self._kept())}
+        return found | {"frozen": np.array(self._frozen)}
 
     def restore(self, state: Mapping[str, np.ndarray], done: int) -> None:
-        """Come back to ``state`` after ``done`` updates; the noise goes on from there."""
+        """
+        Come back to ``state`` after ``done`` updates; the noise goes on from there.
+
+        Raises:
+            ValueError: what is frozen is not what it was.
+        """
+        if int(state["frozen"]) != self._frozen:
+            raise ValueError(
+                "the frozen parameters are not those that the run was begun with: build the model "
+                "as it was then, from the same weights or with the same seed"
+            )
         kept = self._kept()
         # NumPy's files know bfloat16 as two bytes without a meaning.
         leaves = [jnp.asarray(state[name].view(like.dtype)) for name, like in _named(kept)]
@@ -288,6 +308,12 @@ class JaxStep:
         if not self.place.resumable:
             raise ValueError("a sharded run cannot be resumed: leave the checkpoint out")
         return {"model": self.place.here(self.params), "optimizer": self.place.here(self.opt_state)}
+
+    @functools.cached_property
+    def _frozen(self) -> int:
+        leaves = jax.tree.leaves(self._rest)
+        values = [a for a in leaves if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
+        return digest(*map(np.asarray, values))
 
     def _zeros(self) -> nnx.State:
         return self.place.zeros(self.params)

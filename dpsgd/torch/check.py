@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dpsgd.torch.layers.base import Seen, fold
 from dpsgd.torch.record import Run
-from dpsgd.torch.step import select_rows
+from dpsgd.torch.step import fill_rows
 
 EXAMPLES = 5  # few dimensions of a model are of this size
 _MIXED = (
@@ -21,35 +21,64 @@ _MIXED = (
 )
 
 
-def run(step: Any, inputs: Any, targets: Tensor, mask: Tensor, examples: int = EXAMPLES) -> Run:
+def run(
+    step: Any, inputs: Any, targets: Tensor, mask: Tensor, examples: int = EXAMPLES
+) -> Run | None:
     """
     The recorded run of ``examples`` rows of the batch, repeated where there are fewer.
+
+    Bad examples, whose gradients are not finite, are left out; None if there are no others.
 
     Raises:
         ValueError: a parameter's gradient is another than that of plain autograd, or reaches an
             example without a loss; the message names it.
     """
-    rows = torch.arange(examples, device=mask.device) % len(mask)
-    inputs, targets = tree_map(lambda t: t[rows], (select_rows(mask, inputs), targets))
+    inputs, count = fill_rows(mask, inputs), len(mask)
+
+    def tried(rows: list[int]) -> Run | None:
+        picked = [rows[n % len(rows)] for n in range(examples)]
+        return _run(step, *tree_map(lambda t: t[picked], (inputs, targets)))
+
+    if (found := tried([*range(count)])) is not None:
+        return found
+    good = [n for n in range(count) if tried([n]) is not None]
+    return tried(good) if good else None
+
+
+def _run(step: Any, inputs: Any, targets: Tensor) -> Run | None:
+    # None: a gradient is not finite.
+    examples = len(targets)
     floats = [t for t in tree_leaves(inputs) if t.is_floating_point()]
     floats = [t.detach().requires_grad_() for t in floats]
     left = list(floats)
     inputs = tree_map(lambda t: left.pop(0) if t.is_floating_point() else t, inputs)
-    everything = torch.ones(examples, dtype=torch.bool, device=mask.device)
-    with step.recorder.recording(examples, frozen=False) as recorded:
-        loss = step._losses(inputs, targets, everything)[0]
-        leaves = {step._index[m.name]: m.leaf for m in recorded.meetings}
-        params = [leaves.get(n, p) for n, p in enumerate(step.params)]
-        wanted = recorded.backward(loss, [*params, *floats])
-    for g in wanted[len(params) :]:
+    everything = torch.ones(examples, dtype=torch.bool, device=targets.device)
+    try:
+        with step.recorder.recording(examples, frozen=False) as recorded:
+            loss = step._losses(inputs, targets, everything)[0]
+            leaves = [m.leaf for m in recorded.meetings]  # a parameter may be in layers, too
+            numbers = [*range(len(step.params)), *(step._index[m.name] for m in recorded.meetings)]
+            found = recorded.backward(loss, [*step.params, *leaves, *floats])
+    except RuntimeError as error:
+        if "modified inplace" not in str(error) or step.recorder.copies:
+            raise
+        step.recorder.copies = True
+        return _run(step, inputs, targets)
+    if not all(g is None or g.isfinite().all() for g in [loss, *found]):
+        return None
+    for g in found[len(numbers) :]:
         if g is not None and g[1:].numel() and g[1:].abs().max() > 1e-6 * g[0].abs().max():
             raise ValueError(f"the loss {_MIXED}")
+    wanted = [torch.zeros_like(p) for p in step.params]
     with torch.no_grad():
-        _compare(step, recorded, wanted[: len(params)])
+        for number, g in zip(numbers, found, strict=False):
+            if g is not None:
+                wanted[number] += g
+        _compare(step, recorded, wanted)
     return recorded
 
 
-def _compare(step: Any, recorded: Run, wanted: list[Tensor | None]) -> None:
+def _compare(step: Any, recorded: Run, exact: list[Tensor]) -> None:
     got: dict[int, Tensor] = {}
 
     def take(name, first, others):
@@ -69,9 +98,6 @@ def _compare(step: Any, recorded: Run, wanted: list[Tensor | None]) -> None:
         with torch.enable_grad():
             found = meeting.gradients()
         take(meeting.name, found[0], found[1:])
-    exact = [
-        torch.zeros_like(p) if w is None else w for p, w in zip(step.params, wanted, strict=True)
-    ]
     # Two ways of rounding one gradient: bf16 and tf32 leave few digits.
     loose = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}[step.precision]
     length = torch.stack([want.norm() for want in exact]).norm()

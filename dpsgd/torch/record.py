@@ -26,10 +26,10 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, made, needs_output, *zeros):
-        """``y``, unchanged."""
+        """``y``, unchanged; a copy where the model may write into it."""
         ctx.made = made
         ctx.save_for_backward(*((x, y) if needs_output else (x,)))
-        return y.view_as(y)
+        return y.clone() if made.setting.copies else y.view_as(y)
 
     @staticmethod
     def backward(ctx, g):
@@ -46,6 +46,7 @@ class Setting:
 
     examples: int
     norms_only: bool = False
+    copies: bool = False  # of outputs, for a model that writes into them
     done: bool = False  # after the first backward pass
 
 
@@ -169,6 +170,7 @@ class Recorder:
         self.params: dict[
             str, nn.Parameter
         ] = {}  # whole name of each place: a tied one has several
+        self.copies = False  # whether the model writes into outputs of layers (``x += …``)
         self._run: Run | None = None
         for name, module in model.named_modules():
             own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
@@ -252,7 +254,7 @@ class Recorder:
             Meeting(name, value, examples)
             for (name, _, _), value in zip(self.bare, values, strict=True)
         ]
-        setting = Setting(examples=examples, norms_only=norms_only)
+        setting = Setting(examples=examples, norms_only=norms_only, copies=self.copies)
         self._run = Run(setting, ways or {}, meetings)
         for meeting, (_, module, attribute) in zip(meetings, self.bare, strict=True):
             del module._parameters[attribute]

@@ -25,7 +25,7 @@ from dpsgd.torch import check
 from dpsgd.torch.layers import Embedding, Linear
 from dpsgd.torch.measure import seconds
 from dpsgd.torch.record import Recorder, Run, Use
-from dpsgd.torch.step import TorchStep, select_rows
+from dpsgd.torch.step import TorchStep, fill_rows
 
 
 class Recorded(TorchStep):
@@ -62,6 +62,8 @@ class Recorded(TorchStep):
         return cost.show(self.plan)
 
     def _accumulate(self, inputs, targets, mask) -> None:
+        if not self._ready(inputs, targets, mask):
+            return  # no example has a finite gradient
         for _ in range(2):
             attempt = self._compiled_attempt if self.compile else self._attempt
             finite = attempt(inputs, targets, mask)
@@ -71,7 +73,8 @@ class Recorded(TorchStep):
 
     def norms(self, inputs, targets, mask):
         """Per-example gradient norms [P]; masked rows are 0."""
-        self._ready(inputs, targets, mask)
+        if not self._ready(inputs, targets, mask):
+            return torch.where(mask, torch.nan, 0.0).cpu().numpy()
         with self._normed(inputs, targets, mask) as (_, _, squares):
             found = torch.where(mask, squares, torch.zeros_like(squares)).sqrt()
         return found.cpu().numpy()
@@ -80,7 +83,7 @@ class Recorded(TorchStep):
 
     def _losses(self, inputs, targets, mask):
         with self.autocast():
-            return self.loss(self.model, select_rows(mask, inputs), targets)
+            return self.loss(self.model, fill_rows(mask, inputs), targets)
 
     @contextlib.contextmanager
     def _normed(self, inputs, targets, mask) -> Iterator[tuple[Run, Tensor, Tensor]]:
@@ -92,20 +95,24 @@ class Recorded(TorchStep):
             total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
             run.backward(total, again=self.norms_only)
             with torch.no_grad():
-                squares = self._squares(run)
+                squares = self._squares(run).clamp(min=0)
             yield run, losses, squares
 
-    def _ready(self, inputs, targets, mask) -> None:
-        # Plan at the first batch; check every number of examples where that can matter.
+    def _ready(self, inputs, targets, mask) -> bool:
+        # Plan at the first batch; check every number of examples where that can matter. False if
+        # nothing can be told, as no unmasked example has a finite gradient.
         if not self.plan:
-            self._make_plan(inputs, targets, mask)
+            if (run := check.run(self, inputs, targets, mask)) is None:
+                return False
+            self._make_plan(run)
         if self.recorder.bare and len(mask) not in self._sizes:
-            check.run(self, inputs, targets, mask, len(mask))
+            if check.run(self, inputs, targets, mask, len(mask)) is None:
+                return False
             self._sizes.add(len(mask))
+        return True
 
     def _attempt(self, inputs, targets, mask) -> Tensor | None:
         """Add the batch; or, where a squared norm is not finite, say which are."""
-        self._ready(inputs, targets, mask)
         with self._normed(inputs, targets, mask) as (run, losses, squares):
             finite = squares.isfinite()
             if not bool(finite.all()):
@@ -113,13 +120,14 @@ class Recorded(TorchStep):
             self._add(run, losses, self._factors(squares, mask), self.views)
         return None
 
-    def _factors(self, squares: Tensor, mask: Tensor) -> Tensor:
+    def _factors(self, squares: Tensor, mask: Tensor, clip_norm: Tensor | None = None) -> Tensor:
         # ‖g‖ = 0 gives C/0 = inf, clamped to 1.
-        factors = (self.privacy.clip_norm / squares.sqrt()).clamp(max=1)
+        bound = self.privacy.clip_norm if clip_norm is None else clip_norm
+        factors = (bound / squares.sqrt()).clamp(max=1)
         return torch.where(mask, factors, torch.zeros_like(factors))
 
     def _squares(self, run: Run) -> Tensor:
-        """Squared norms [P], float32."""
+        """Squared norms [P], float32; those of closed forms may round to just below 0."""
         raise NotImplementedError
 
     def _add(self, run: Run, losses: Tensor, factors: Tensor, into: list[Tensor]) -> None:
@@ -155,12 +163,15 @@ class Recorded(TorchStep):
     # Compiled: the whole batch, both passes and the sums, is one graph of ATen operations
 
     def _compiled_attempt(self, inputs, targets, mask) -> Tensor | None:
-        leaves, tree = tree_flatten((inputs, targets, mask))
+        # C is an argument, too: another configuration needs no other graph.
+        clip_norm = torch.full(
+            (), self.privacy.clip_norm, dtype=self.flat.dtype, device=mask.device
+        )
+        leaves, tree = tree_flatten((inputs, targets, mask, clip_norm))
         key = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         named = {f"model.{n}": p for n, p in self.model.named_parameters()}
         named |= {f"model.{n}": b for n, b in self.model.named_buffers()}
         if key not in self._graphs:
-            self._ready(inputs, targets, mask)
             whole = _Whole(self)
 
             def batch(named, *leaves):
@@ -180,17 +191,16 @@ class Recorded(TorchStep):
             torch._foreach_add_(self.views, sums)
         return None
 
-    def _traced(self, inputs, targets, mask) -> list[Tensor]:
+    def _traced(self, inputs, targets, mask, clip_norm) -> list[Tensor]:
         with self._normed(inputs, targets, mask) as (run, losses, squares):
             sums = [torch.zeros_like(p) for p in self.params]
-            self._add(run, losses, self._factors(squares, mask), sums)
+            self._add(run, losses, self._factors(squares, mask, clip_norm), sums)
         return [squares, *sums]
 
     # The plan
 
-    def _make_plan(self, inputs, targets, mask) -> None:
-        """Check the rules on a few examples against plain autograd, and plan by their sizes."""
-        run = check.run(self, inputs, targets, mask)
+    def _make_plan(self, run: Run) -> None:
+        """Plan by the sizes that a run of a few examples had."""
         uses: dict[str, list[Use]] = {}
         for use in run.uses:
             uses.setdefault(use.rule.name, []).append(use)
@@ -198,7 +208,7 @@ class Recorded(TorchStep):
         times: dict[tuple[str, str], float] = {}
         for name, calls in uses.items():
             layer = calls[0].rule.layer(calls[0].seen)
-            ways = self._allowed(calls, layer.ways)
+            ways = self._allowed(name, uses, layer.ways)
             size = self.physical_batch_size
             layers.append(dataclasses.replace(layer, name=name, examples=size, ways=ways))
             if self.measure and len(ways) > 1:
@@ -214,16 +224,23 @@ class Recorded(TorchStep):
             balance=cost.balance(self.device.type),
         )
 
-    def _allowed(self, calls: list[Use], ways: tuple[str, ...]) -> tuple[str, ...]:
+    def _allowed(
+        self, name: str, uses: dict[str, list[Use]], ways: tuple[str, ...]
+    ) -> tuple[str, ...]:
         # Gradients of one parameter add up before they are normed.
-        rule = calls[0].rule
-        places = [n for n, i in self._index.items() if i == self._index[rule.names[0]]]
-        if len(calls) == len(places) == 1:
+        numbers = {self._index[own] for own in uses[name][0].rule.names}
+        sharing = [
+            rule
+            for rule in self.recorder.rules
+            if numbers.intersection(self._index[own] for own in rule.names)
+        ]
+        bare = any(self._index[own] in numbers for own, _, _ in self.recorder.bare)
+        once = not bare and all(len(uses.get(rule.name, ())) == 1 for rule in sharing)
+        if once and len(sharing) == 1:
             return ways
-        kinds = {type(r) for r in self.recorder.rules if {*r.names} & {*places}}
-        if len(calls) == 1 and kinds == {Embedding, Linear} and len(rule.names) == 1:
-            return ("tied",)
-        return ("together",)
+        pair = len(sharing) == 2 and {type(rule) for rule in sharing} == {Embedding, Linear}
+        alone = all(len(rule.names) == 1 for rule in sharing)  # a head without bias
+        return ("tied",) if once and pair and alone else ("together",)
 
 
 def _reshaped(graph: GraphModule) -> GraphModule:
@@ -242,6 +259,6 @@ class _Whole(nn.Module):
         super().__init__()
         self.model, self.step = step.model, step
 
-    def forward(self, inputs, targets, mask) -> list[Tensor]:
+    def forward(self, inputs, targets, mask, clip_norm) -> list[Tensor]:
         """Squared norms [P] and the sums."""
-        return self.step._traced(inputs, targets, mask)
+        return self.step._traced(inputs, targets, mask, clip_norm)

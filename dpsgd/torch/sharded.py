@@ -53,7 +53,8 @@ class Sharded(Bookkeeping):
         # All ranks call it equally often.
         if len(mask) != self.physical_batch_size:
             raise ValueError(f"{len(mask)} rows: give padded batches of {self.physical_batch_size}")
-        self._ready(inputs, targets, mask)  # the plan, and its check, on the whole model
+        if not self._ready(inputs, targets, mask):  # the plan, and its check, on the whole model
+            raise ValueError("the first batch has no example with a finite gradient to plan by")
         with self.ranks.waiting(self.done + 1):  # for others, wherever a unit is gathered
             self._shard()
             self.model.unshard()  # parameters that no layer owns are used before the forward pass

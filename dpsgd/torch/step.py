@@ -45,11 +45,21 @@ def unique_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def select_rows(mask: torch.Tensor, tree: Any) -> Any:
-    """Zero the masked rows of every tensor of ``tree`` by select, so that a NaN there is gone."""
-    return tree_map(
-        lambda t: torch.where(mask.view(-1, *[1] * (t.ndim - 1)), t, torch.zeros_like(t)), tree
-    )
+def fill_rows(mask: torch.Tensor, tree: Any) -> Any:
+    """
+    The first unmasked row in place of every masked one, by select, in every tensor of ``tree``.
+
+    A row of zeros may give NaN where no real one does (attention to no token, an image divided by
+    its deviation), and 0 · NaN would spread. If all are masked, they are zeros nevertheless.
+    """
+    first, some = mask.int().argmax(), mask.any()
+
+    def filled(t):
+        row = t.index_select(0, first[None])
+        row = torch.where(some, row, torch.zeros_like(row))
+        return torch.where(mask.view(-1, *[1] * (t.ndim - 1)), t, row)
+
+    return tree_map(filled, tree)
 
 
 class TorchStep:
@@ -116,8 +126,7 @@ class TorchStep:
             v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params, strict=True)
         ]
         self.noise = Noise(self.device, seed, self.ranks.rank)
-        share = noise_share(noise_placement, self.ranks) if self.private else 0.0
-        self.noise_multiplier = share * privacy.noise_multiplier  # this rank's part of σ
+        self.noise_share = noise_share(noise_placement, self.ranks) if self.private else 0.0
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
@@ -152,7 +161,7 @@ class TorchStep:
     def update(self) -> None:
         """Noise once, divide by L, sum over the ranks, the optimizer, clear."""
         self.done += 1
-        std = self.noise_multiplier * self.privacy.clip_norm
+        std = self.noise_share * self.privacy.noise_multiplier * self.privacy.clip_norm
         if std > 0:
             self.noise.add(self.flat, std, self.privacy.expected_batch_size, self.done)
         else:

@@ -144,9 +144,11 @@ def add_rows(view: Tensor, rows: Tensor, factors: Tensor) -> None:
 
 
 def scale_rows(t: Tensor, factors: Tensor) -> Tensor:
-    """``t`` [P·k, …], each example times its factor."""
-    rows = factors.to(t.dtype).repeat_interleave(len(t) // len(factors))
-    return t * rows.view(-1, *[1] * (t.ndim - 1))
+    """``t`` [P·k, …], each example times its factor, which rounding must not raise above C/‖g‖."""
+    rows = factors.repeat_interleave(len(t) // len(factors)).view(-1, *[1] * (t.ndim - 1))
+    if factors.dtype == t.dtype or tracing():
+        return (t * rows).to(t.dtype)
+    return torch.mul(t, rows, out=torch.empty_like(t))  # without a wide copy
 
 
 class Product(Rule):

@@ -60,7 +60,8 @@ class Embedding(Rule):
         ids, g = self._rows(seen)
         looked = outputs.mT.gather(1, ids[..., None].expand(-1, -1, outputs.shape[1]))
         dtype = wide(g)
-        return 2 * (looked.to(dtype) * torch.bmm(g, inputs.mT).to(dtype)).sum((1, 2))
+        products = torch.bmm(g.to(dtype), inputs.mT.to(dtype))
+        return 2 * (looked.to(dtype) * products).sum((1, 2))
 
     def add(self, seen: Seen, factors: Tensor, into: list[Tensor]) -> None:
         """One scatter over all examples."""

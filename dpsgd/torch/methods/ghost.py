@@ -37,12 +37,17 @@ class Ghost(Recorded):
         return torch.stack(found + self._tied(run)).sum(0)
 
     def _add(self, run: Run, losses: Tensor, factors: Tensor, into: list[Tensor]) -> None:
-        for meeting in run.meetings:
-            number = self._index[meeting.name]
-            add_rows(into[number], run.shared[number], factors)
-        run.shared.clear()
         named = dict(self.model.named_parameters())  # without those that the meetings stand for
-        live = [(named[name], into[n]) for n, name in enumerate(self.names) if name in named]
+        live = [
+            (named[name], into[n])
+            for n, name in enumerate(self.names)
+            if name in named and n not in run.shared
+        ]
+        for number, rows in run.shared.items():
+            add_rows(into[number], rows, factors)
+        run.shared.clear()
+        if not live:
+            return
         weighted = losses * factors.to(losses.dtype)
         total = torch.where(factors > 0, weighted, torch.zeros_like(weighted)).sum()
         params = [p for p, _ in live]

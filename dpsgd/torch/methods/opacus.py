@@ -31,7 +31,8 @@ class Opacus(TorchStep):
         self.noise = Noise(self.device, options.get("seed"), self.ranks.rank, streams=1)
         self.dp_optimizer = self.wrapped_optimizer(
             optimizer,
-            noise_multiplier=self.noise_multiplier,  # its rank's part, from its rank's generator
+            # Its rank's part, from its rank's generator.
+            noise_multiplier=self.noise_share * privacy.noise_multiplier,
             max_grad_norm=privacy.clip_norm,
             expected_batch_size=privacy.expected_batch_size,
             loss_reduction="sum",

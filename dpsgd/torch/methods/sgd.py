@@ -11,7 +11,7 @@ number of physical batches: ``logical.share(rank, world, even=True)``.
 
 import torch
 
-from dpsgd.torch.step import TorchStep, select_rows
+from dpsgd.torch.step import TorchStep, fill_rows
 
 
 class SGD(TorchStep):
@@ -31,7 +31,7 @@ class SGD(TorchStep):
 
     def _total(self, inputs, targets, mask):
         with self.autocast():
-            losses = self.loss(self.model, select_rows(mask, inputs), targets)
+            losses = self.loss(self.model, fill_rows(mask, inputs), targets)
         return torch.where(mask, losses, torch.zeros_like(losses)).sum()
 
     def _accumulate(self, inputs, targets, mask) -> None:

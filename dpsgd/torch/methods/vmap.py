@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from dpsgd.torch.step import TorchStep, select_rows
+from dpsgd.torch.step import TorchStep, fill_rows
 
 
 class Vmap(TorchStep):
@@ -32,7 +32,7 @@ class Vmap(TorchStep):
 
     def _clip(self, params, inputs, targets, mask):
         per_example = vmap(self._gradient, in_dims=(None, 0, 0), randomness="different")(
-            params, select_rows(mask, inputs), targets
+            params, fill_rows(mask, inputs), targets
         )
         rows = [per_example[name].flatten(1) for name in self.names]
         squared = sum(r.square().sum(1) for r in rows)
