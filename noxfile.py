@@ -19,8 +19,12 @@ SIDE_BY_SIDE = ("-n", "2", "--dist", "loadscope")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def install(session: nox.Session, *extras: str) -> None:
-    """Install torch first and by itself, so that its index and its exact build can be chosen."""
+def install(session: nox.Session, *extras: str, gpu: bool = False) -> None:
+    """
+    Install torch first and by itself, so that its index and its exact build can be chosen.
+
+    TORCH_SPEC and TORCH_INDEX_URL choose it; JAX_EXTRA chooses JAX's build: cuda12 on a GPU.
+    """
     if session.venv_backend == "none":
         return
     pins = []
@@ -30,7 +34,7 @@ def install(session: nox.Session, *extras: str) -> None:
         session.install(*pins, *(["--index-url", index] if index else []), silent=True)
         pins += ["opacus==1.6.0"]
     if "jax" in extras:
-        extra = os.environ.get("JAX_EXTRA")
+        extra = os.environ.get("JAX_EXTRA", "cuda12" if gpu else "")
         pins += [f"jax[{extra}]==0.10.2" if extra else "jax==0.10.2"]
         pins += ["flax==0.12.8", "optax==0.2.8"]
     session.install("-e", f".[{','.join(extras)}]", *pins, silent=True)
@@ -59,11 +63,11 @@ def perf_gpu(session: nox.Session, framework: str) -> None:
 
     A long profile of one framework goes in parts, in an environment of yours:
     `python -m pytest perf --device=cuda --profile=gpu-torch --resume --precision=tf32`, then the
-    other parts that perf/profiles.py lists, then `--resume` alone for the table of all.
+    other parts that perf/profiles.py lists, then without `--precision` for the table of all.
     """
     if not gpus():
         session.error("no CUDA device: nvidia-smi lists none here. On a CPU: nox -s perf_cpu")
-    install(session, framework, f"peers-{framework}", "perf")
+    install(session, framework, f"peers-{framework}", "perf", gpu=True)
     if framework == "torch":
         shutil.rmtree(PARTS, ignore_errors=True)
     PARTS.mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,7 @@ def perf_multi_gpu(session: nox.Session, framework: str) -> None:
             "perf_cpu; the code of this session on CPU ranks: nox -s perf_multi_gpu -- "
             "--devices cpu --ranks 1,2; a cluster: python -m perf.cluster --help"
         )
-    install(session, framework, f"peers-{framework}", "perf")
+    install(session, framework, f"peers-{framework}", "perf", gpu=not on_cpu)
     if framework == "torch":
         shutil.rmtree(PARTS, ignore_errors=True)
     run = ["python", "-m", "perf.multi"]

@@ -2,6 +2,7 @@
 The table of a saved run: ``python -m perf.table [RUN.json] [--markdown]``; default: newest.
 
 ``--write FILE`` puts it into a Markdown file between ``<!-- PROFILE -->`` and ``<!-- end -->``.
+Of several runs, it is one line for each model: what privacy costs, by method.
 """
 
 import argparse
@@ -169,6 +170,28 @@ def padding(run: dict[str, Any]) -> tuple[str, list[list[str]]]:
     return f"static shapes for Poisson draws · {rows[0]['size'] if rows else ''}", cells
 
 
+HEADLINE = (
+    *("torch-bookkeeping", "torch-opacus", "torch-opacus-ghost"),
+    *("jax-bookkeeping", "jax-masked", "jax-privacy"),
+)
+
+
+def headline(runs: list[dict[str, Any]]) -> str:
+    """× own SGD by model, as Markdown: PyTorch eager, JAX compiled, L = 8P; earlier runs first."""
+    found: dict[tuple, dict[str, str]] = {}
+    for row in itertools.chain.from_iterable(map(saved.steps, runs)):
+        usual = row["expected_batch"] == 8 * row["physical_batch"]
+        if usual and row["compile"] == (row["framework"] == "jax"):
+            cells = found.setdefault((row["model"], row["physical_batch"]), {})
+            value = f"{row['slowdown']:.2f}" if row.get("slowdown") else row["status"]
+            cells.setdefault(row["method"], value)
+    lines = ["| × SGD | P | " + " | ".join(HEADLINE) + " |", "|---" * (2 + len(HEADLINE)) + "|"]
+    for (model, physical), cells in found.items():
+        shown = " | ".join(cells.get(name, "–") for name in HEADLINE)
+        lines.append(f"| {model} | {physical} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
 def _title(run: dict[str, Any]) -> str:
     info = run["machine_info"]
     names = ("torch", "jax", "opacus", "optax", "jax-privacy")
@@ -247,34 +270,37 @@ def newest() -> Path:
     return runs[-1]
 
 
-def write(run: dict[str, Any], path: Path) -> None:
-    """Replace what stands between the marks of the run's profile in a Markdown file."""
-    mark, end = f"<!-- {run['rows'][0]['profile']} -->\n", "<!-- end -->"
+def write(name: str, text: str, path: Path) -> None:
+    """Replace what stands between the marks of ``name`` in a Markdown file."""
+    mark, end = f"<!-- {name} -->\n", "<!-- end -->"
     before, found, rest = path.read_text().partition(mark)
     if not found or end not in rest:
         sys.exit(f"perf.table: {path} has no {mark.strip()} … {end} to write between")
-    path.write_text(before + mark + markdown(run) + end + rest.partition(end)[2])
+    path.write_text(before + mark + text + end + rest.partition(end)[2])
 
 
 def main() -> None:
-    """Print one run."""
+    """Print one run, or one line for each model of several."""
     parser = argparse.ArgumentParser(prog="perf.table", description=__doc__)
-    parser.add_argument("run", nargs="?")
+    parser.add_argument("run", nargs="*")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--write", metavar="FILE", help="between the profile's marks of this file")
     args = parser.parse_args()
     try:
-        run = saved.load(args.run or newest())
+        runs = [saved.load(path) for path in args.run or [newest()]]
     except saved.Unusable as error:
         sys.exit(f"perf.table: {error}")
-    if any(row.get("kind") == "scaling" for row in run["rows"]):
+    if any(row.get("kind") == "scaling" for run in runs for row in run["rows"]):
         sys.exit("perf.table: a run over several devices: python -m perf.chart shows it")
+    run, several = runs[0], len(runs) > 1
+    if not (args.write or args.markdown or several):
+        return show(run)
+    name, text = run["rows"][0]["profile"], headline(runs) if several else markdown(run)
     if args.write:
-        write(run, Path(args.write))
-    elif args.markdown:
-        print(markdown(run), end="")
+        write("headline" if several else name, text, Path(args.write))
     else:
-        show(run)
+        print(text, end="")
+    return None
 
 
 if __name__ == "__main__":

@@ -82,9 +82,21 @@ PAGES = {
 }
 
 
+def baseline(profile):
+    return saved.load(ROOT / ".benchmarks" / "cpu" / f"{profile}.json")
+
+
+def shown(page, name):
+    return (ROOT / page).read_text().partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0]
+
+
 @pytest.mark.parametrize("profile", PAGES)
 def test_the_tables_are_those_of_the_baselines(profile):
-    run = saved.load(ROOT / ".benchmarks" / "cpu" / f"{profile}.json")
-    text = (ROOT / PAGES[profile]).read_text()
-    shown = text.partition(f"<!-- {profile} -->\n")[2].partition("<!-- end -->")[0]
-    assert shown == table.markdown(run)
+    assert shown(PAGES[profile], profile) == table.markdown(baseline(profile))
+
+
+def test_the_headline_is_that_of_the_baselines():
+    runs = [baseline("full-torch"), baseline("full-jax")]
+    assert shown("README.md", "headline") == table.headline(runs)
+    methods = {row["method"] for run in runs for row in saved.steps(run)}
+    assert {*table.HEADLINE} <= methods
