@@ -80,18 +80,15 @@ def run(options, arguments: list[str]) -> int:
     shutil.rmtree(parts, ignore_errors=True)
     if not found:
         return worst or 5
-    merged, complete = saved.merge(found), True
-    if options.resume:
-        every = [case.id for case in cases(wanted["profile"])]
-        missing = left(merged["rows"], every)
-        complete = not missing
-        if not complete:
-            print(
-                f"{len(every) - len(missing)} of {len(every)} cases of the profile "
-                f"{wanted['profile']} are in this run: go on with --resume"
-            )
-    finish(found, baseline=options.save_baseline and complete and not worst)
-    if options.resume and complete:
+    every = [case.id for case in cases(wanted["profile"])]
+    missing = left(saved.merge(found)["rows"], every)
+    if missing and (options.resume or options.save_baseline):
+        print(
+            f"{len(every) - len(missing)} of {len(every)} cases of the profile "
+            f"{wanted['profile']} are in this run, too few for a baseline: go on with --resume"
+        )
+    finish(found, baseline=options.save_baseline and not missing and not worst)
+    if options.resume and not missing:
         Partial(where, wanted["profile"]).remove()
     return worst
 
