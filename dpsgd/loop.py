@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from dpsgd import privacy
 from dpsgd.checkpoint import Folder
 from dpsgd.data import Dataset
 from dpsgd.privacy import PrivacyConfig
@@ -52,7 +51,7 @@ class Tally:
             yield
         except KeyboardInterrupt:
             if steps := self.steps:
-                raise Interrupted(steps, spent(config, steps)) from None
+                raise Interrupted(steps, config.epsilon(steps)) from None
             raise
 
 
@@ -125,16 +124,3 @@ def _accumulate(step, logical, number, dataset, config, ranks, report) -> None:
             clipped = step.norms(*placed)[physical.mask] > config.clip_norm
             report(f"step {number}: clipped fraction {np.mean(clipped):.2f} (one P)")
         step.accumulate(*placed)
-
-
-def spent(config: PrivacyConfig, steps: int) -> float:
-    """ε of ``steps`` steps of ``config``."""
-    if steps == 0:
-        return 0.0
-    return privacy.epsilon(
-        sample_rate=config.sample_rate,
-        noise_multiplier=config.noise_multiplier,
-        steps=steps,
-        delta=config.delta,
-        neighbours=config.neighbours,
-    )

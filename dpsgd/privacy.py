@@ -80,12 +80,14 @@ class PrivacyConfig:
         """L = qN, the constant every update is divided by."""
         return self.sample_rate * self.num_examples
 
-    def epsilon(self) -> float:
-        """ε at δ after all T steps, by PLD, for ``neighbours``; inf at σ = 0."""
+    def epsilon(self, steps: int | None = None) -> float:
+        """ε at δ after ``steps`` (None: all T), by PLD, for ``neighbours``; inf at σ = 0."""
+        if steps == 0:
+            return 0.0
         return epsilon(
             sample_rate=self.sample_rate,
             noise_multiplier=self.noise_multiplier,
-            steps=self.steps,
+            steps=self.steps if steps is None else steps,
             delta=self.delta,
             neighbours=self.neighbours,
         )

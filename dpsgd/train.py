@@ -226,7 +226,7 @@ def train(
             if ranks.rank == 0:
                 with ranks.busy():
                     accuracy = _accuracy(framework, step, dataset)
-                    spent = loop.spent(config, tally.steps) if row.private else math.inf
+                    spent = config.epsilon(tally.steps) if row.private else math.inf
             ranks.exchange("evaluated", "", timeout_s=3600)  # none leaves while rank 0 is at it
         return Result(
             test_accuracy=accuracy,
