@@ -43,7 +43,6 @@ class Keys:
     noise: int = field(repr=False)
     number: int = 0  # how many keys this run had before
     shares: int = 1  # devices whose noise adds up to that of one
-    seeded: bool = False  # not secret to whoever knows the seed
 
     @classmethod
     def fresh(
@@ -61,7 +60,6 @@ class Keys:
             noise=noise,
             number=number,
             shares=shares or ranks.world,
-            seeded=seed is not None,
         )
 
 
@@ -88,6 +86,7 @@ class Folder:
         self._model, self._ledger = self.path / "checkpoint.npz", self.path / "ledger"
         self.path.mkdir(parents=True, exist_ok=True)
         self.done, self._number = 0, 0
+        self.seeded = False  # whether any of the run's keys came from a seed
         self._state: dict[str, np.ndarray] | None = None
         if not self._model.exists():
             return
@@ -102,7 +101,7 @@ class Folder:
                 f"{self._model} is damaged, or not of dpsgd ({type(error).__name__}): put it back "
                 "whole, or take another folder"
             ) from error
-        self.done = public["done"]
+        self.done, self.seeded = public["done"], public.get("seeded", False)
         self._check(public["config"])
         if self.charged < public["charged"]:
             raise ValueError(f"{self._ledger} lacks steps that were begun: put it back whole")
@@ -132,6 +131,7 @@ class Folder:
         answers = self.ranks.exchange("keys", str(mine.number) if mine and known else "")
         if mine is None or len({*answers}) > 1 or not answers[0]:
             mine = Keys.fresh(self.ranks, seed, last + 1, shares)
+            self.seeded |= seed is not None
             _write(self._keys, json.dumps(asdict(mine)).encode())
         self._number = mine.number
         if self.ranks.rank == 0 and self._ledger.exists():
@@ -161,6 +161,7 @@ class Folder:
         if self.ranks.rank:
             return
         public = {"done": step.done, "charged": self.charged, "config": self.config}
+        public["seeded"] = self.seeded
         with self.ranks.busy():
             file = io.BytesIO()
             arrays: dict[str, Any] = {"public": np.array(json.dumps(public)), **step.state()}

@@ -19,19 +19,34 @@ from dpsgd.sampling import LogicalBatch, side_by_side
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during the steps: ``steps`` updates were begun, which spent ``epsilon``."""
+    """
+    Ctrl-C after ``steps`` updates of a run of ``config`` were begun.
 
-    def __init__(self, steps: int, epsilon: float):
-        super().__init__(steps, epsilon)
-        self.steps, self.epsilon = steps, epsilon
+    Attributes:
+        seeded: whether draws and noise came from a seed.
+    """
+
+    def __init__(self, steps: int, config: PrivacyConfig, seeded: bool):
+        super().__init__(steps, config, seeded)
+        self.steps, self.config, self.seeded = steps, config, seeded
+
+    @property
+    def epsilon(self) -> float:
+        """What was spent."""
+        return self.config.epsilon(self.steps)
 
 
 class Tally:
-    """Steps to charge: those that were begun, in this run or, with its ``folder``, before."""
+    """Steps to charge: those that were begun, in this run or, with its folder, before."""
 
-    def __init__(self, folder: Folder | None = None) -> None:
-        self._folder = folder
-        self._begun = folder.done if folder else 0
+    def __init__(self) -> None:
+        self._folder: Folder | None = None
+        self._config: PrivacyConfig | None = None
+        self._begun, self._seeded = 0, False
+
+    def open(self, folder: Folder | None, config: PrivacyConfig, seeded: bool) -> None:
+        """Before the first step: what the run is; its folder, if it has one, knows of seeds."""
+        self._folder, self._config, self._seeded = folder, config, seeded
 
     def begin(self, number: int) -> None:
         """Before the update of step ``number``: interrupted in it, the sum may be out already."""
@@ -44,14 +59,19 @@ class Tally:
         """How many."""
         return self._folder.charged if self._folder else self._begun
 
+    @property
+    def seeded(self) -> bool:
+        """Whether draws and noise came from a seed."""
+        return self._folder.seeded if self._folder else self._seeded
+
     @contextlib.contextmanager
-    def stated(self, config: PrivacyConfig) -> Iterator[None]:
+    def stated(self) -> Iterator[None]:
         """Ctrl-C within, at whatever point, says what was spent, if anything was."""
         try:
             yield
         except KeyboardInterrupt:
-            if steps := self.steps:
-                raise Interrupted(steps, config.epsilon(steps)) from None
+            if self._config and (steps := self.steps):
+                raise Interrupted(steps, self._config, self.seeded) from None
             raise
 
 

@@ -81,7 +81,7 @@ class Ranks:
 
     def exchange(self, name: str, value: str, timeout_s: float = 60.0) -> list[str]:
         """
-        What each rank gave under ``name``, which is used once; for the time before the steps.
+        What each rank gave under ``name``, which is used once; for the time outside of the steps.
 
         Raises:
             TimeoutError: ranks, named, gave nothing.
@@ -90,16 +90,20 @@ class Ranks:
             return [value]
         assert self.store is not None, "several ranks need the store that connect() makes"
         self.store.set(f"{name}/{self.rank}", value)
-        until = time.monotonic() + timeout_s
+        until, pause_s = time.monotonic() + timeout_s, 0.01
+        found: dict[int, str] = {}
         while True:
-            values = [self.store.get(f"{name}/{rank}") for rank in range(self.world)]
-            missing = [rank for rank, found in enumerate(values) if found is None]
-            if not missing:
-                return [found for found in values if found is not None]
+            missing = [rank for rank in range(self.world) if rank not in found]
+            for rank in missing:
+                if (given := self.store.get(f"{name}/{rank}")) is not None:
+                    found[rank] = given
+            if len(found) == self.world:
+                return [found[rank] for rank in range(self.world)]
             if time.monotonic() > until:
-                ranks = ", ".join(map(str, missing))
+                ranks = ", ".join(str(rank) for rank in missing if rank not in found)
                 raise TimeoutError(f"no word on {name!r} from rank {ranks} in {timeout_s:.0f} s")
-            time.sleep(0.01)
+            time.sleep(pause_s)
+            pause_s = min(0.5, 1.5 * pause_s)  # long waits must not keep the store busy
 
     def shared_key(self) -> int:
         """128 fresh bits of rank 0's operating system, the same on all ranks. A secret."""

@@ -27,6 +27,10 @@ from dpsgd.privacy import PrivacyConfig
 from dpsgd.ranks import Disagreement, Ranks, joined
 from dpsgd.sampling import PLACEMENTS, check_arguments, rank_batches
 
+_PATHS = (
+    *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
+    PermissionError,
+)
 _RELATIONS = {"add_remove": "add/remove one", "replace_one": "replace one"}
 _TEST_CHUNK = 1024  # images in memory at once: 0.6 GB at 3x224x224
 
@@ -125,8 +129,8 @@ def train(
         progress: show a progress bar on stderr.
 
     Raises:
-        KeyError, ValueError, OSError, ModuleNotFoundError: an option cannot work; the message
-            says why.
+        KeyError, ValueError, ModuleNotFoundError, and OSErrors of a path: an option cannot work;
+            the message says why.
         Interrupted: Ctrl-C after the first step had begun.
     """
     row, spec = methods.get(method), models.get(model)
@@ -156,7 +160,8 @@ def train(
     num_examples = len(dataset.train_targets)
     check_arguments(num_examples, sample_rate, physical_batch_size, steps)
     framework = _framework(row)
-    with joined(row.framework, device) as ranks:
+    tally = loop.Tally()
+    with tally.stated(), joined(row.framework, device) as ranks:
         place = _device(row, device)  # JAX must not look for devices before it has joined
         net = framework.build(
             spec.replace(num_classes=dataset.num_classes),
@@ -179,55 +184,54 @@ def train(
         if checkpoint is not None:
             public |= {"device": place, **dataclasses.asdict(config)}
             folder = Folder(checkpoint, ranks, public, resume=resume)
-        tally = loop.Tally(folder)
+        tally.open(folder, config, seed is not None)
+        shares = _shares(row, place, ranks)
+        keys = folder.keys(seed, shares) if folder else Keys.fresh(ranks, seed)
+        draws = rank_batches(
+            num_examples,
+            sample_rate,
+            physical_batch_size,
+            steps,
+            ranks=ranks,
+            seed=keys.sampling,
+            placement=placement,
+            even=sync == "every",
+            padded=row.pads(compile),
+            done=folder.done if folder else 0,
+        )
         alone = row.framework == "jax" and not row.static_shapes and ranks.world == 1
-        shares = 1 if alone else _shares(row, place, ranks)
-        with tally.stated(config):
-            keys = folder.keys(seed, shares) if folder else Keys.fresh(ranks, seed)
-            draws = rank_batches(
-                num_examples,
-                sample_rate,
-                physical_batch_size,
-                steps,
-                ranks=ranks,
-                seed=keys.sampling,
-                placement=placement,
-                even=sync == "every",
-                padded=row.pads(compile),
-                done=folder.done if folder else 0,
-            )
-            many = {"ranks": ranks, "noise_placement": noise_placement, "sync": sync}
-            step = row.build(
-                net,
-                framework.optimizer(net, optimizer, learning_rate),
-                config,
-                loss=framework.cross_entropy,
-                physical_batch_size=physical_batch_size,
-                precision=precision,
-                compile=compile,
-                seed=keys.noise,
-                **({} if alone else many),
-            )
-            if folder:
-                folder.restore(step)
-            seconds = loop.run(
-                step,
-                draws,
-                dataset,
-                config,
-                ranks=ranks,
-                tally=tally,
-                folder=folder,
-                every=checkpoint_every,
-                report=report if row.private and ranks.rank == 0 else None,
-                progress=progress and ranks.rank == 0,
-            )
-            accuracy = spent = math.nan
-            if ranks.rank == 0:
-                with ranks.busy():
-                    accuracy = _accuracy(framework, step, dataset)
-                    spent = config.epsilon(tally.steps) if row.private else math.inf
-            ranks.exchange("evaluated", "", timeout_s=3600)  # none leaves while rank 0 is at it
+        many = {"ranks": ranks, "noise_placement": noise_placement, "sync": sync}
+        step = row.build(
+            net,
+            framework.optimizer(net, optimizer, learning_rate),
+            config,
+            loss=framework.cross_entropy,
+            physical_batch_size=physical_batch_size,
+            precision=precision,
+            compile=compile,
+            seed=keys.noise,
+            **({} if alone else many),
+        )
+        if folder:
+            folder.restore(step)
+        seconds = loop.run(
+            step,
+            draws,
+            dataset,
+            config,
+            ranks=ranks,
+            tally=tally,
+            folder=folder,
+            every=checkpoint_every,
+            report=report if row.private and ranks.rank == 0 else None,
+            progress=progress and ranks.rank == 0,
+        )
+        accuracy = spent = math.nan
+        if ranks.rank == 0:
+            with ranks.busy():
+                accuracy = _accuracy(framework, step, dataset)
+                spent = config.epsilon(tally.steps) if row.private else math.inf
+        ranks.exchange("evaluated", "", timeout_s=math.inf)  # none leaves before
         return Result(
             test_accuracy=accuracy,
             epsilon=spent,
@@ -237,14 +241,14 @@ def train(
             noise_multiplier=config.noise_multiplier,
             steps=tally.steps,
             seconds=seconds,
-            seeded=keys.seeded,
+            seeded=tally.seeded,
             step=step,
         )
 
 
 def _shares(row: Method, device: str, ranks: Ranks) -> int:
     # Devices that the noise is split over: in JAX, one process may drive several.
-    if row.framework == "torch":
+    if row.framework == "torch" or not row.static_shapes:
         return ranks.world
     import jax
 
@@ -274,6 +278,8 @@ def _device(row: Method, device: str | None) -> str:
         try:
             device = jax.devices(device)[0].platform
         except RuntimeError as error:
+            if device is None:
+                raise
             raise ValueError(f"JAX finds no {device} device here: drop --device") from error
     return device
 
@@ -353,13 +359,14 @@ def _rounded_up(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 100) / 100:.2f}" if math.isfinite(epsilon) else "inf"
 
 
-def _statement(args: argparse.Namespace, epsilon: float, steps: int) -> str:
+def _statement(args: argparse.Namespace, epsilon: float, steps: int, seeded: bool) -> str:
     if not METHODS[args.method].private:
         return "no privacy: plain SGD"
+    fixed = "\nthe seed is fixed: this ε holds for nobody who knows it"
     return (
         f"ε = {_rounded_up(epsilon)} at δ = {args.delta:g} "
         f"({_RELATIONS['add_remove']}, Poisson q={args.sample_rate:.4g}, T={steps}, PLD)"
-    )
+    ) + seeded * fixed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -385,7 +392,7 @@ def _main(args: argparse.Namespace) -> int:
     except (Disagreement, TimeoutError) as error:
         print(f"dpsgd.train: {error}", file=sys.stderr)
         return 70
-    except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, KeyError, ModuleNotFoundError, *_PATHS) as error:
         words = error.args[0] if isinstance(error, KeyError) else error
         print("dpsgd.train:", " ".join(str(words).split()), file=sys.stderr)
         return 2
@@ -393,7 +400,7 @@ def _main(args: argparse.Namespace) -> int:
         if Ranks.from_env().rank:
             return 130
         print(f"interrupted after {stop.steps} of {args.steps} steps")
-        print(f"spent so far: {_statement(args, stop.epsilon, stop.steps)}")
+        print(f"spent so far: {_statement(args, stop.epsilon, stop.steps, stop.seeded)}")
         return 130
     except KeyboardInterrupt:
         print("interrupted before the first step: nothing is spent")
@@ -403,9 +410,7 @@ def _main(args: argparse.Namespace) -> int:
     if METHODS[args.method].private:
         print(f"σ = {result.noise_multiplier:.4g}, C = {args.clip_norm:g}")
     print(f"test accuracy {result.test_accuracy:.4f}")
-    print(_statement(args, result.epsilon, result.steps))
-    if result.seeded and METHODS[args.method].private:
-        print("the seed is fixed: this ε holds for nobody who knows it")
+    print(_statement(args, result.epsilon, result.steps, result.seeded))
     if args.diagnostics:
         print("diagnostics were shown: this run is outside the privacy guarantee")
     return 0

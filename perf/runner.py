@@ -82,19 +82,25 @@ def run(options, arguments: list[str]) -> int:
         return worst or 5
     every = [case.id for case in cases(wanted["profile"])]
     missing = left(saved.merge(found)["rows"], every)
-    if missing and (options.resume or options.save_baseline):
+    if missing and options.resume:
         print(
             f"{len(every) - len(missing)} of {len(every)} cases of the profile "
-            f"{wanted['profile']} are in this run, too few for a baseline: go on with --resume"
+            f"{wanted['profile']} are in this run: go on with --resume"
         )
-    finish(found, baseline=options.save_baseline and not missing and not worst)
+    finish(found, baseline=options.save_baseline and not worst)
     if options.resume and not missing:
         Partial(where, wanted["profile"]).remove()
     return worst
 
 
 def finish(parts: list[dict], *, baseline: bool) -> Path:
-    """Merge, save (as the baseline too if asked for), print the table."""
+    """
+    Merge, save, print the table.
+
+    Args:
+        parts: runs of single frameworks.
+        baseline: save it as the baseline too, if it has the cases of the whole profile.
+    """
     merged = saved.merge(parts)
     profile = merged["rows"][0]["profile"]
     folder = saved.FOLDER / merged["machine_info"]["device"]
@@ -102,7 +108,12 @@ def finish(parts: list[dict], *, baseline: bool) -> Path:
     path = saved.save(merged, folder / "runs" / f"{stamp}-{profile}.json")
     table.show(merged)
     print(f"saved {path}")
-    if baseline:
+    absent = {case.id for case in cases(profile)} - {row.get("case") for row in merged["rows"]}
+    if baseline and absent:
+        print(
+            f"the baseline stays: {len(absent)} cases of the profile {profile} are not in this run"
+        )
+    elif baseline:
         print(f"baseline {saved.save(merged, folder / f'{profile}.json')}")
     return path
 

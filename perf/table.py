@@ -293,14 +293,13 @@ def main() -> None:
     if any(row.get("kind") == "scaling" for run in runs for row in run["rows"]):
         sys.exit("perf.table: a run over several devices: python -m perf.chart shows it")
     run, several = runs[0], len(runs) > 1
-    if not (args.write or args.markdown or several):
-        return show(run)
     name, text = run["rows"][0]["profile"], headline(runs) if several else markdown(run)
     if args.write:
         write("headline" if several else name, text, Path(args.write))
-    else:
+    elif args.markdown or several:
         print(text, end="")
-    return None
+    else:
+        show(run)
 
 
 if __name__ == "__main__":

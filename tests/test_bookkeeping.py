@@ -285,6 +285,29 @@ class Crossed(nn.Module):
         return torch.tanh(self.linear(x)) + self.shift
 
 
+class Unused(nn.Module):
+    """A table tied to a head that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.table(x.detach().abs().mul(10).long() % 5)
+
+
+class Rooted(nn.Module):
+    """The gradient of its input is not finite; those of its parameters are."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x.clamp(min=0).sqrt())
+
+
 class Written(nn.Module):
     """Writes into what its layers gave."""
 
@@ -308,6 +331,8 @@ LAYERS = {
     "tied, two heads": (lambda: Tied(heads=2), (4,)),
     "bare and of a layer": (Crossed, (6,)),
     "written into": (Written, (2, 5, 5)),
+    "tied, a head unused": (Unused, (4,)),
+    "an infinite gradient of the input": (Rooted, (6,)),
     "scaled": (Scaled, (3, 6)),
     "no bias": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, bias=False)), (2, 6)),
     "no affine": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, False)), (6,)),
@@ -462,6 +487,24 @@ def test_padding_does_no_harm_where_zeros_are_nan(method, mask):
         np.testing.assert_allclose(got[n], want[n], atol=1e-5)
 
 
+def squared_error(model, inputs, targets):
+    return (model(inputs)[:, 0] - targets).square()
+
+
+@pytest.mark.parametrize("method", ["torch-sgd", "torch-vmap", *OURS])
+def test_targets_of_padding_may_be_nan(method):
+    torch.manual_seed(0)
+    step = build(nn.Linear(6, 1), squared_error, method=method)
+    rng, mask = np.random.default_rng(0), np.array([False, True, True, False])
+    inputs, targets = (rng.standard_normal(s, np.float32) for s in ((P, 6), P))
+    want = step.clipped_sum(*step.put(inputs, targets, mask))
+    targets[~mask] = np.nan
+    got = step.clipped_sum(*step.put(inputs, targets, mask))
+    for n in want:
+        np.testing.assert_array_equal(got[n], want[n])
+    assert any(g.any() for g in got.values())
+
+
 def test_a_factor_is_not_rounded_up_to_bf16():
     factors = torch.linspace(0.1, 1, 50)
     g = torch.full((50, 2), 1.0).bfloat16() * 3
@@ -514,6 +557,36 @@ def test_a_coincidence_of_sizes_is_refused_and_never_wrong():
 
 
 # What cannot be clipped
+
+
+class Changing(nn.Module):
+    """Calls ``more`` as often as it is told."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.linear, self.more, self.times = nn.Linear(6, 6), nn.Linear(6, 6), times
+
+    def forward(self, x):
+        x = self.linear(x)
+        for _ in range(self.times):
+            x = torch.tanh(self.more(x))
+        return x
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize(("first", "later"), [(0, 1), (1, 2), (1, 0), (2, 1), (2, 3)])
+def test_a_layer_that_was_not_planned_for_never_escapes_the_norm(method, first, later):
+    torch.manual_seed(0)
+    model, mask = Changing(first), np.ones(P, bool)
+    inputs, targets = np.random.default_rng(0).standard_normal((P, 6), np.float32), np.zeros(P, int)
+    step = build(model, each, method=method)
+    step.norms(*step.put(inputs, targets, mask))
+    model.times = later
+    if later > max(first, 1) == 1 or first == 0:
+        with pytest.raises(ValueError, match=rf"'more' is called {later} times here"):
+            step.clipped_sum(*step.put(inputs, targets, mask))
+    else:
+        assert_right(step, model, inputs, targets, mask, each)
 
 
 class Mixing(nn.Module):

@@ -407,6 +407,28 @@ def test_tuned_sgd_is_sgd(name):
         np.testing.assert_allclose(tuned[n], plain[n], atol=1e-5 * scale)
 
 
+class Standardised(nnx.Module):
+    """NaN for an example of zeros."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear((x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True))
+
+
+@pytest.mark.parametrize("method", ["jax-sgd", "jax-sgd-tuned", "jax-masked", "jax-bookkeeping"])
+def test_padding_does_no_harm_where_zeros_are_nan(method):
+    model, inputs, targets = Standardised(nnx.Rngs(0)), batch((6,)), np.zeros(P, np.int32)
+    rows = gradients(model, inputs, targets)
+    want = reference.clipped_sum(rows, MASK, 1e9)
+    inputs = np.where(MASK[:, None], inputs, 0).astype(np.float32)
+    step = build(model, method, 1e9)
+    got = step.clipped_sum(*map(jnp.asarray, (inputs, targets, MASK)))
+    for n in want:
+        np.testing.assert_allclose(got[n], want[n], atol=1e-5)
+
+
 def test_a_budget_makes_the_plan_smaller_or_says_what_it_needs():
     def held(**options):
         step = build(nnx.Linear(256, 256, rngs=nnx.Rngs(0)), **options)

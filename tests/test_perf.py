@@ -372,6 +372,17 @@ def test_a_framework_whose_process_is_killed_is_no_success(monkeypatch, capsys):
     assert "jax: its process was killed by signal 9" in capsys.readouterr().out
 
 
+def test_a_part_of_a_profile_is_no_baseline(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(runner.saved, "FOLDER", tmp_path)
+    whole = saved.load(Path(__file__).parent.parent / ".benchmarks" / "cpu" / "smoke.json")
+    few = whole | {"rows": whole["rows"][:3]}
+    runner.finish([few], baseline=True)
+    assert not (tmp_path / "cpu" / "smoke.json").exists()
+    assert "the baseline stays: this run lacks" in capsys.readouterr().out
+    runner.finish([whole], baseline=True)
+    assert saved.load(tmp_path / "cpu" / "smoke.json")["rows"][-1] == whole["rows"][-1]
+
+
 # Comparing
 
 

@@ -155,7 +155,7 @@ def test_compiled_steps_get_padded_batches(monkeypatch):
 
     monkeypatch.setattr(Vmap, "accumulate", seen)
     monkeypatch.setattr(Vmap, "compiled", lambda self, function: function)
-    options = {"steps": 3, "sample_rate": 0.1, "noise_multiplier": 1.0, "device": "cpu"}
+    options = {"steps": 3, "sample_rate": 0.1, "noise_multiplier": 1.0, "device": "cpu", "seed": 1}
     train(**options, compile=True)
     assert {*sizes} == {64}
     train(**options)

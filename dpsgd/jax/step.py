@@ -78,6 +78,20 @@ def select_rows(mask: jax.Array, tree: Any) -> Any:
     )
 
 
+def fill_rows(mask: jax.Array, tree: Any) -> Any:
+    """
+    The first unmasked row in place of every masked one, by select; zeros if all are masked.
+
+    Where one backward pass sums over the batch, a row of zeros may give NaN, and 0 · NaN spreads.
+    """
+
+    def filled(a):
+        row = jnp.where(mask.any(), a[jnp.argmax(mask)], jnp.zeros_like(a[0]))
+        return jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, row)
+
+    return jax.tree.map(filled, tree)
+
+
 def laid_out(array: Any) -> np.ndarray:
     """As JAX likes it: images NCHW to NHWC, int64 to int32."""
     array = np.asarray(array)
@@ -311,7 +325,7 @@ class JaxStep:
 
     @functools.cached_property
     def _frozen(self) -> int:
-        leaves = jax.tree.leaves(self._rest)
+        leaves = [jnp.asarray(a) for a in jax.tree.leaves(self._rest)]
         values = [a for a in leaves if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
         return digest(*map(np.asarray, values))
 

@@ -33,15 +33,17 @@ def run(
         ValueError: a parameter's gradient is another than that of plain autograd, or reaches an
             example without a loss; the message names it.
     """
-    inputs, count = fill_rows(mask, inputs), len(mask)
+    inputs, targets = fill_rows(mask, (inputs, targets))
+    count = len(mask)
 
-    def tried(rows: list[int]) -> Run | None:
-        picked = [rows[n % len(rows)] for n in range(examples)]
+    def tried(rows: list[int], wanted: int = examples) -> Run | None:
+        picked = [rows[n % len(rows)] for n in range(wanted)]
         return _run(step, *tree_map(lambda t: t[picked], (inputs, targets)))
 
     if (found := tried([*range(count)])) is not None:
         return found
-    good = [n for n in range(count) if tried([n]) is not None]
+    few = min(examples, EXAMPLES)
+    good = [n for n in range(count) if tried([n], few) is not None]
     return tried(good) if good else None
 
 
@@ -64,16 +66,18 @@ def _run(step: Any, inputs: Any, targets: Tensor) -> Run | None:
             raise
         step.recorder.copies = True
         return _run(step, inputs, targets)
-    if not all(g is None or g.isfinite().all() for g in [loss, *found]):
-        return None
-    for g in found[len(numbers) :]:
-        if g is not None and g[1:].numel() and g[1:].abs().max() > 1e-6 * g[0].abs().max():
-            raise ValueError(f"the loss {_MIXED}")
     wanted = [torch.zeros_like(p) for p in step.params]
     with torch.no_grad():
         for number, g in zip(numbers, found, strict=False):
             if g is not None:
                 wanted[number] += g
+        length = torch.stack([w.norm() for w in wanted]).norm()
+    if not (loss.isfinite() and length.isfinite()):
+        return None
+    for g in found[len(numbers) :]:
+        if g is not None and g[1:].numel() and g[1:].abs().max() > 1e-6 * g[0].abs().max():
+            raise ValueError(f"the loss {_MIXED}")
+    with torch.no_grad():
         _compare(step, recorded, wanted)
     return recorded
 

@@ -9,6 +9,7 @@ added, and the physical batch is run again with that example masked: its values 
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dpsgd import cost
 from dpsgd.torch import check
 from dpsgd.torch.layers import Embedding, Linear
+from dpsgd.torch.layers.base import wide
 from dpsgd.torch.measure import seconds
 from dpsgd.torch.record import Recorder, Run, Use
 from dpsgd.torch.step import TorchStep, fill_rows
@@ -83,7 +85,7 @@ class Recorded(TorchStep):
 
     def _losses(self, inputs, targets, mask):
         with self.autocast():
-            return self.loss(self.model, fill_rows(mask, inputs), targets)
+            return self.loss(self.model, *fill_rows(mask, (inputs, targets)))
 
     @contextlib.contextmanager
     def _normed(self, inputs, targets, mask) -> Iterator[tuple[Run, Tensor, Tensor]]:
@@ -92,11 +94,24 @@ class Recorded(TorchStep):
             len(mask), self.ways, frozen=not self.norms_only, norms_only=self.norms_only
         ) as run:
             losses = self._losses(inputs, targets, mask)
+            self._check_calls(run.uses)
             total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
             run.backward(total, again=self.norms_only)
             with torch.no_grad():
                 squares = self._squares(run).clamp(min=0)
             yield run, losses, squares
+
+    def _check_calls(self, uses: list[Use]) -> None:
+        # What was not planned for would be in the sum, but not in the norm.
+        calls = Counter(use.rule.name for use in uses)
+        pairs = [name for name, way in self.ways.items() if way == "tied"]
+        for name in [*calls, *pairs]:
+            way = self.ways.get(name)
+            if way is None or (way != "together" and calls[name] != 1):
+                raise ValueError(
+                    f"layer {name!r} is called {calls[name]} times here, and was not so in the "
+                    "first batch, by which the plan was made: call the same layers for each batch"
+                )
 
     def _ready(self, inputs, targets, mask) -> bool:
         # Plan at the first batch; check every number of examples where that can matter. False if
@@ -117,13 +132,13 @@ class Recorded(TorchStep):
             finite = squares.isfinite()
             if not bool(finite.all()):
                 return finite
-            self._add(run, losses, self._factors(squares, mask), self.views)
+            factors = self._factors(squares, mask, self.privacy.clip_norm)
+            self._add(run, losses, factors, self.views)
         return None
 
-    def _factors(self, squares: Tensor, mask: Tensor, clip_norm: Tensor | None = None) -> Tensor:
+    def _factors(self, squares: Tensor, mask: Tensor, clip_norm: float | Tensor) -> Tensor:
         # ‖g‖ = 0 gives C/0 = inf, clamped to 1.
-        bound = self.privacy.clip_norm if clip_norm is None else clip_norm
-        factors = (bound / squares.sqrt()).clamp(max=1)
+        factors = (clip_norm / squares.sqrt()).clamp(max=1)
         return torch.where(mask, factors, torch.zeros_like(factors))
 
     def _squares(self, run: Run) -> Tensor:
@@ -165,7 +180,7 @@ class Recorded(TorchStep):
     def _compiled_attempt(self, inputs, targets, mask) -> Tensor | None:
         # C is an argument, too: another configuration needs no other graph.
         clip_norm = torch.full(
-            (), self.privacy.clip_norm, dtype=self.flat.dtype, device=mask.device
+            (), self.privacy.clip_norm, dtype=wide(self.flat), device=mask.device
         )
         leaves, tree = tree_flatten((inputs, targets, mask, clip_norm))
         key = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -232,10 +247,10 @@ class Recorded(TorchStep):
         sharing = [
             rule
             for rule in self.recorder.rules
-            if numbers.intersection(self._index[own] for own in rule.names)
+            if rule.name in uses and numbers.intersection(self._index[own] for own in rule.names)
         ]
         bare = any(self._index[own] in numbers for own, _, _ in self.recorder.bare)
-        once = not bare and all(len(uses.get(rule.name, ())) == 1 for rule in sharing)
+        once = not bare and all(len(uses[rule.name]) == 1 for rule in sharing)
         if once and len(sharing) == 1:
             return ways
         pair = len(sharing) == 2 and {type(rule) for rule in sharing} == {Embedding, Linear}

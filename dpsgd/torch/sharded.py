@@ -64,7 +64,8 @@ class Sharded(Bookkeeping):
                     with torch.no_grad():
                         _silence(run, finite)
                     mask = mask & finite
-                self._add(run, losses, self._factors(squares, mask), self.views)
+                factors = self._factors(squares, mask, self.privacy.clip_norm)
+                self._add(run, losses, factors, self.views)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -7,7 +7,7 @@ g = (1/L) · Σ_{i∈B} g_i
 import jax
 import jax.numpy as jnp
 
-from dpsgd.jax.step import JaxStep, select_rows
+from dpsgd.jax.step import JaxStep, fill_rows
 
 
 class SGD(JaxStep):
@@ -17,7 +17,7 @@ class SGD(JaxStep):
 
     def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         def total(params):
-            losses = self.objective(params, select_rows(mask, inputs), targets)
+            losses = self.objective(params, *fill_rows(mask, (inputs, targets)))
             return jnp.where(mask, losses, 0).sum()
 
         return jax.grad(total)(params), None

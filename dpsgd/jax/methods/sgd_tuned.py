@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dpsgd.jax.record import Tapped
 from dpsgd.jax.recorded import Recorded, replaced
-from dpsgd.jax.step import select_rows
+from dpsgd.jax.step import fill_rows
 
 
 class SGDTuned(Recorded):
@@ -22,7 +22,8 @@ class SGDTuned(Recorded):
 
     def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         uses = [use.told("keep", held=False) for use in self.uses(inputs, targets)]
-        tapped, inputs = Tapped(self._parts, uses), select_rows(mask, inputs)
+        tapped = Tapped(self._parts, uses)
+        inputs, targets = fill_rows(mask, (inputs, targets))
         leaves, numbers = jax.tree.leaves(params), self.others(uses)
 
         def total(own, taps):

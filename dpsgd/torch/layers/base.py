@@ -148,7 +148,7 @@ def scale_rows(t: Tensor, factors: Tensor) -> Tensor:
     rows = factors.repeat_interleave(len(t) // len(factors)).view(-1, *[1] * (t.ndim - 1))
     if factors.dtype == t.dtype or tracing():
         return (t * rows).to(t.dtype)
-    return torch.mul(t, rows, out=torch.empty_like(t))  # without a wide copy
+    return torch.mul(t, rows, out=torch.empty_like(t))  # on a GPU: no wide copy
 
 
 class Product(Rule):

@@ -31,7 +31,7 @@ class SGD(TorchStep):
 
     def _total(self, inputs, targets, mask):
         with self.autocast():
-            losses = self.loss(self.model, fill_rows(mask, inputs), targets)
+            losses = self.loss(self.model, *fill_rows(mask, (inputs, targets)))
         return torch.where(mask, losses, torch.zeros_like(losses)).sum()
 
     def _accumulate(self, inputs, targets, mask) -> None:

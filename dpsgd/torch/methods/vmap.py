@@ -32,7 +32,7 @@ class Vmap(TorchStep):
 
     def _clip(self, params, inputs, targets, mask):
         per_example = vmap(self._gradient, in_dims=(None, 0, 0), randomness="different")(
-            params, fill_rows(mask, inputs), targets
+            params, *fill_rows(mask, (inputs, targets))
         )
         rows = [per_example[name].flatten(1) for name in self.names]
         squared = sum(r.square().sum(1) for r in rows)
