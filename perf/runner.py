@@ -110,9 +110,7 @@ def finish(parts: list[dict], *, baseline: bool) -> Path:
     print(f"saved {path}")
     absent = {case.id for case in cases(profile)} - {row.get("case") for row in merged["rows"]}
     if baseline and absent:
-        print(
-            f"the baseline stays: {len(absent)} cases of the profile {profile} are not in this run"
-        )
+        print(f"the baseline stays: {len(absent)} cases of {profile} are not in this run")
     elif baseline:
         print(f"baseline {saved.save(merged, folder / f'{profile}.json')}")
     return path
