@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 LIBRARIES = (
@@ -60,10 +61,21 @@ def threads() -> int:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The processor's model name, as :func:`distinct`."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    text = info.read_text() if info.exists() else ""
+    names = ("model name", "cpu family", "model", "flags")
+    found = [re.search(rf"^{name}\s*: (.+)", text, re.M) for name in names]
+    name, family, model, flags = (match and match[1] for match in found)
+    name = name or platform.processor() or platform.machine()
+    return distinct(name, family, model, (flags or "").split()) if family else name
+
+
+def distinct(name: str, family: str | int, model: str | int, flags: Iterable[str]) -> str:
+    """``name`` with what tells processors apart that a virtual machine calls the same."""
+    widest = {"avx512f": ", AVX-512", "avx2": ", AVX2"}
+    vector = next((words for flag, words in widest.items() if flag in flags), "")
+    return f"{name} (family {family}, model {model}{vector})"
 
 
 def slug(device: str) -> str:

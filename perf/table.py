@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perf import saved
+from perf import device, saved
 from perf.check import TOLERANCE
 
 HEADERS = (
@@ -177,26 +177,39 @@ HEADLINE = (
 
 
 def headline(runs: list[dict[str, Any]]) -> str:
-    """× own SGD by model, as Markdown: PyTorch eager, JAX compiled, L = 8P; earlier runs first."""
+    """× own SGD by model, a Markdown table of each run: PyTorch eager, JAX compiled, L = 8P."""
+    return "\n".join(map(_headline, runs))
+
+
+def _headline(run: dict[str, Any]) -> str:
     found: dict[tuple, dict[str, str]] = {}
-    for row in itertools.chain.from_iterable(map(saved.steps, runs)):
+    for row in saved.steps(run):
         usual = row["expected_batch"] == 8 * row["physical_batch"]
-        if usual and row["compile"] == (row["framework"] == "jax"):
-            cells = found.setdefault((row["model"], row["physical_batch"]), {})
+        if usual and row["compile"] == (row["framework"] == "jax") and row["method"] in HEADLINE:
             value = f"{row['slowdown']:.2f}" if row.get("slowdown") else row["status"]
-            cells.setdefault(row["method"], value)
-    lines = ["| × SGD | P | " + " | ".join(HEADLINE) + " |", "|---" * (2 + len(HEADLINE)) + "|"]
+            key = row["model"], row["physical_batch"]
+            found.setdefault(key, {})[row["method"]] = value
+    methods = [name for name in HEADLINE if any(name in cells for cells in found.values())]
+    lines = [_machine(run), "", "| × SGD | P | " + " | ".join(methods) + " |"]
+    lines.append("|---" * (2 + len(methods)) + "|")
     for (model, physical), cells in found.items():
-        shown = " | ".join(cells.get(name, "–") for name in HEADLINE)
+        shown = " | ".join(cells.get(name, "–") for name in methods)
         lines.append(f"| {model} | {physical} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
-def _title(run: dict[str, Any]) -> str:
+def _machine(run: dict[str, Any]) -> str:
     info = run["machine_info"]
+    name, cpu = info["names"][0], info.get("cpu", {})
+    if info["device"] == "cpu" and "family" in cpu and "(family" not in name:
+        name = device.distinct(name, cpu["family"], cpu["model"], cpu.get("flags", ()))
+    return f"{name}, {info['threads']} threads"
+
+
+def _title(run: dict[str, Any]) -> str:
+    libraries = run["machine_info"]["libraries"]
     names = ("torch", "jax", "opacus", "optax", "jax-privacy")
-    versions = [f"{n} {info['libraries'][n]}" for n in names if n in info["libraries"]]
-    return f"{info['names'][0]}, {info['threads']} threads; {', '.join(versions)}"
+    return f"{_machine(run)}; {', '.join(f'{n} {libraries[n]}' for n in names if n in libraries)}"
 
 
 LEGEND = (
