@@ -68,7 +68,7 @@ def cpu_name() -> str:
     found = [re.search(rf"^{name}\s*: (.+)", text, re.M) for name in names]
     name, family, model, flags = (match and match[1] for match in found)
     name = name or platform.processor() or platform.machine()
-    return distinct(name, family, model, (flags or "").split()) if family else name
+    return distinct(name, family, model, (flags or "").split()) if family and model else name
 
 
 def distinct(name: str, family: str | int, model: str | int, flags: Iterable[str]) -> str:
