@@ -106,6 +106,12 @@ def test_ghost_on_models_of_hugging_face(name):
     assert_right(step, model, *hf.batch(name, P, 3), np.array([True, False, True, True]))
 
 
+@pytest.fixture
+def captured(monkeypatch):
+    """torch.compile captures the graph, and generates no code for it, which takes longest."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -113,10 +119,9 @@ def test_ghost_on_models_of_hugging_face(name):
         for pair in itertools.product(hf.BUILD, OURS)
     ],
 )
-def test_compiled_in_one_graph(name, method, monkeypatch):
+def test_compiled_in_one_graph(name, method, request):
     if name != "vit":  # capturing a graph depends on the model; generating code for it, hardly
-        captured = functools.partial(torch.compile, backend="aot_eager")
-        monkeypatch.setattr(torch, "compile", captured)
+        request.getfixturevalue("captured")
     model = hf.build(name)
     step = build(model, method=method, compile=True)
     before = step.compiles()
@@ -428,9 +433,8 @@ def test_the_plan_can_be_measured():
 
 
 @pytest.mark.parametrize("method", OURS)
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_bad_example_contributes_nothing(method, compiled, number):
+@pytest.mark.parametrize(("compiled", "number"), [(False, 0), (False, 1), (True, 0)])
+def test_a_bad_example_contributes_nothing(method, compiled, number, captured):
     model = hf.build("vit")
     inputs, targets = hf.batch("vit", P)
     bad, everything, others = inputs.copy(), np.ones(P, bool), np.arange(P) != number
@@ -516,8 +520,7 @@ def test_a_factor_is_not_rounded_up_to_bf16():
 
 
 @pytest.mark.parametrize("method", OURS)
-def test_a_compiled_step_heeds_another_configuration(method, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+def test_a_compiled_step_heeds_another_configuration(method, captured):
     model, (inputs, targets) = hf.build("vit"), hf.batch("vit", P)
     step = build(model, method=method, compile=True, clip_norm=1e3)
     placed = step.put(inputs, targets, np.ones(P, bool))
