@@ -1,4 +1,8 @@
-"""``python -m dpsgd.train`` on a rank that may be killed: $KILL is ``rank:update``."""
+"""
+``python -m dpsgd.train`` on a rank that may be killed: $KILL is ``rank:update``.
+
+Several runs in one launch are separated by ``then``.
+"""
 
 import sys
 
@@ -9,4 +13,5 @@ from dpsgd.train import main
 
 if __name__ == "__main__":
     fated(TorchStep)
-    sys.exit(main(sys.argv[1:]))
+    runs = [line.split() for line in " ".join(sys.argv[1:]).split(" then ")]
+    sys.exit(max(map(main, runs)))

@@ -47,6 +47,16 @@ def test_two_ranks_train_as_one_does(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_two_runs_in_one_launch_do_not_read_each_other():
+    first, second = ([*LINE.split(), "--epsilon", epsilon] for epsilon in ("8", "2"))
+    run = torchrun(str(TESTS / "ranks_train.py"), *first, "then", *second)
+    assert run.returncode == 0, run.stderr
+    said = [float(text.split()[2]) for text in run.stdout.splitlines() if text.startswith("ε")]
+    assert 7.9 < said[0] <= 8
+    assert 1.9 < said[1] <= 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["round-robin", "shard"])
 def test_two_ranks_resume_after_one_has_died(tmp_path, capsys, placement):
     line = [*LINE.split(), "--noise-multiplier", "1", "--placement", placement]

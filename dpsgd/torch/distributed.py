@@ -15,6 +15,7 @@ The ranks trust each other: under ``split`` one that knows the sum and its own n
 """
 
 import datetime
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from dpsgd.ranks import FACTS, Agreement, Ranks, digest
 from dpsgd.watch import Watch
 
 NOISE_PLACEMENTS = ("split", "rank0")
+_RUNS = itertools.count()
 CHECK_PARAMETERS_EVERY = 100  # updates; the first is always checked
 
 
@@ -70,6 +72,8 @@ def connect(*, device: str | None = None, timeout_s: float = 40.0) -> Ranks:
     store, _, _ = next(
         dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world, timeout=patience)
     )
+    # torchrun's store outlives a run: another one in these processes must not read this one's.
+    store = dist.PrefixStore(f"run{next(_RUNS)}", store)
     watch = Watch(ranks.rank, ranks.world, TextStore(store.clone()), timeout_s=timeout_s)
     watch.start()
     dist.init_process_group(
