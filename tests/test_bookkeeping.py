@@ -113,14 +113,18 @@ def captured(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "method"),
+    ("name", "method", "generated"),
     [
-        pytest.param(*pair, marks=() if pair == ("vit", OURS[0]) else pytest.mark.slow)
-        for pair in itertools.product(hf.BUILD, OURS)
+        ("vit", OURS[0], False),
+        # Capturing a graph depends on the model; generating code for it, hardly.
+        *(
+            pytest.param(name, method, name == "vit", marks=pytest.mark.slow)
+            for name, method in itertools.product(hf.BUILD, OURS)
+        ),
     ],
 )
-def test_compiled_in_one_graph(name, method, request):
-    if name != "vit":  # capturing a graph depends on the model; generating code for it, hardly
+def test_compiled_in_one_graph(name, method, generated, request):
+    if not generated:
         request.getfixturevalue("captured")
     model = hf.build(name)
     step = build(model, method=method, compile=True)

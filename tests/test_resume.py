@@ -35,6 +35,7 @@ def measured(folder, *, stop_after, status):
     return log.read_text().split(), saved.load(new), done.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed_and_no_case_is_measured_twice(tmp_path):
     ids, run, _ = measured(tmp_path, stop_after=1, status=2)
     assert [row["status"] for row in run["rows"]] == ["ok", "interrupted", "interrupted"]

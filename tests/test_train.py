@@ -181,6 +181,7 @@ def test_a_seed_repeats_a_run_and_none_does_not():
     assert not np.array_equal(fresh, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["torch-vmap", "jax-masked"])
 def test_the_defaults_reach_their_accuracy(method, sigma):
     results = [train(method=method, noise_multiplier=sigma, seed=s, device="cpu") for s in range(3)]
