@@ -25,7 +25,7 @@ import secrets
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ class Keys:
     shares: int = 1  # devices whose noise adds up to that of one
 
     @classmethod
-    def fresh(
-        cls, ranks: Ranks, seed: int | None = None, number: int = 0, shares: int | None = None
-    ) -> "Keys":
+    def fresh(cls, ranks: Ranks, seed: int | None = None, number: int = 0) -> "Keys":
         """From the operating system; or from ``seed``, which whoever knows it can repeat."""
         if seed is None:
             sampling, noise = ranks.shared_key(), secrets.randbits(128)
@@ -55,12 +53,7 @@ class Keys:
             children = np.random.SeedSequence(seed, spawn_key=(number,)).spawn(2)
             words = [child.generate_state(4, np.uint32).tobytes() for child in children]
             sampling, noise = (int.from_bytes(word, "little") for word in words)
-        return cls(
-            sampling=sampling,
-            noise=noise,
-            number=number,
-            shares=shares or ranks.world,
-        )
+        return cls(sampling=sampling, noise=noise, number=number, shares=ranks.world)
 
 
 class Folder:
@@ -130,7 +123,7 @@ class Folder:
         known = mine is not None and mine.number >= last and mine.shares == shares
         answers = self.ranks.exchange("keys", str(mine.number) if mine and known else "")
         if mine is None or len({*answers}) > 1 or not answers[0]:
-            mine = Keys.fresh(self.ranks, seed, last + 1, shares)
+            mine = replace(Keys.fresh(self.ranks, seed, last + 1), shares=shares)
             self.seeded |= seed is not None
             _write(self._keys, json.dumps(asdict(mine)).encode())
         self._number = mine.number

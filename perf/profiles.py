@@ -178,8 +178,8 @@ PROFILES: dict[str, tuple[Block, ...]] = {
         Block(model="vit-ti16-4blocks", physical_batch=16, modes=_BOTH),
         Block(model="vit-s16-4blocks", physical_batch=8),
     ),
-    # On 2 cores with AVX-512 about an hour; without, ViT-Ti 20 min, ViT-S 9, BiT 17 and its sweep of
-    # L 17, DistilBERT 12 and frozen 17, compiled 8. Memory included.
+    # On 2 cores with AVX-512 about an hour. Without, as measured on a busy machine: ViT-Ti 20 min,
+    # ViT-S 9, BiT 17 and its sweep of L 17, DistilBERT 12 and frozen 17; compiled and memory after.
     "full-torch": (
         _torch("vit-ti16", 16),
         _torch("vit-s16", 8, without=("torch-ghost",)),

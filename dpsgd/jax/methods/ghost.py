@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dpsgd.jax.record import Tapped
 from dpsgd.jax.recorded import Recorded
-from dpsgd.jax.step import select_rows
+from dpsgd.jax.step import fill_rows, select_rows
 
 
 class Ghost(Recorded):
@@ -30,10 +30,6 @@ class Ghost(Recorded):
         factors, norms = self.factors(squared, clip_norm, mask)
         # A bad example's gradient times 0 may be NaN: a good one with weight 0 stands in for it.
         good = jnp.isfinite(squared.astype(jnp.float32))
-        stand_in = jnp.argmax(good)
-        inputs, targets = jax.tree.map(
-            lambda a: jnp.where(good.reshape(-1, *[1] * (a.ndim - 1)), a, a[stand_in]),
-            (inputs, targets),
-        )
+        inputs, targets = fill_rows(good, (inputs, targets))
         total = self.weighted_pass(params, inputs, targets, factors)
         return jax.tree.map(lambda a: jnp.where(good.any(), a, 0), total), norms
