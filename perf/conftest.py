@@ -221,7 +221,7 @@ def _measure_memory(session, exitstatus) -> None:
         return
     trim_freed_memory()
     print_line(f"peak memory of {len(done)} cases, each in a process of its own …")
-    for case_id, found in memory.measure(list(done), config.option.device).items():
+    for case_id, found in memory.measure(list(done), config.option.device):
         if "error" in found:
             done[case_id]["memory_source"] = found["error"]
         else:

@@ -16,6 +16,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,15 @@ def _forked(case: Case, device: str) -> None:
         os._exit(0)
 
 
-def measure(case_ids: list[str], device: str) -> dict[str, dict]:
-    """{case id: what :func:`peak` found}, from processes of their own; one framework a call."""
+def measure(case_ids: list[str], device: str) -> Iterator[tuple[str, dict]]:
+    """(case id, what :func:`peak` found), as each process of its own ends; one framework."""
     command = [sys.executable, "-W", "ignore", "-m", "perf.memory", "--device", device, *case_ids]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(b"{")]
-    return {entry.pop("case"): entry for entry in found}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **streams) as child:
+        for line in child.stdout or ():
+            if line.startswith(b"{"):
+                found = json.loads(line)
+                yield found.pop("case"), found
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import partial, protocol, saved
+from perf import memory, partial, protocol, saved
 from perf.profiles import Case, cases
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +83,24 @@ def test_another_commit_counts_if_asked_and_another_machine_never(kept, field, a
     assert found.refused == 1
     anyway = partial.Partial("cpu", "smoke", any_commit=True)
     assert bool(anyway.take(row["case"])) is asked
+
+
+SLOW_SECOND = """#!/bin/sh
+echo '{"case": "one", "peak_bytes": 1}'
+for try in $(seq 300); do
+  [ -e go ] && echo '{"case": "two", "peak_bytes": 2}' && exit
+  sleep 0.1
+done
+"""
+
+
+def test_each_peak_is_there_before_the_next_is_measured(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text(SLOW_SECOND)
+    script.chmod(0o700)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(script))
+    found = memory.measure(["one", "two"], "cpu")
+    assert next(found) == ("one", {"peak_bytes": 1})
+    (tmp_path / "go").touch()
+    assert list(found) == [("two", {"peak_bytes": 2})]

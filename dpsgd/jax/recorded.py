@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpsgd import cost
-from dpsgd.jax.layers.base import Found, square_rows, weighted_rows
+from dpsgd.jax.layers.base import Found
 from dpsgd.jax.layers.embed import Attend, Lookup
 from dpsgd.jax.record import Parts, Tapped, Use
+from dpsgd.jax.rows import select_rows, square_rows, weighted_rows
 from dpsgd.jax.step import JaxStep
 
 
@@ -97,16 +98,6 @@ class Recorded(JaxStep):
         ones = jnp.ones_like(weights)
         sums = self.summed(params, uses, found, ones)
         return self.tree_of(dict(zip(numbers, own, strict=True)), sums)
-
-    @staticmethod
-    def factors(
-        squared: jax.Array, clip_norm: jax.Array, mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """(min(1, C/‖g‖), ‖g‖) [P]; 0 for masked rows, and where ‖g‖² is not finite in float32."""
-        keep = mask & jnp.isfinite(squared.astype(jnp.float32))
-        norms = jnp.sqrt(jnp.where(keep, squared, 0))
-        factors = jnp.where(keep, jnp.minimum(1, clip_norm / norms), 0)
-        return factors, jnp.sqrt(jnp.where(mask, squared, 0))
 
     def summed(
         self,
@@ -211,7 +202,7 @@ def _product(use: Use, x, g, factors, good):
     # The factors are not rounded to bf16, which could raise one above C/‖g‖.
     g = (g * factors.reshape(-1, *[1] * (g.ndim - 1))).astype(g.dtype)
     if good is not None:
-        x, g = (jnp.where(good.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in (x, g))
+        x, g = select_rows(good, (x, g))
     product = use.rule.weighted
     for _ in use.stack:
         product = jax.vmap(product, in_axes=1)

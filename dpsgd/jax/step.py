@@ -71,27 +71,6 @@ def check_model(model: nnx.Module, wrt: Any = nnx.Param) -> None:
             )
 
 
-def select_rows(mask: jax.Array, tree: Any) -> Any:
-    """Zero the masked rows of every array of ``tree`` by select, so that a NaN there is gone."""
-    return jax.tree.map(
-        lambda a: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, jnp.zeros_like(a)), tree
-    )
-
-
-def fill_rows(mask: jax.Array, tree: Any) -> Any:
-    """
-    The first unmasked row in place of every masked one, by select; zeros if all are masked.
-
-    Where one backward pass sums over the batch, a row of zeros may give NaN, and 0 · NaN spreads.
-    """
-
-    def filled(a):
-        row = jnp.where(mask.any(), a[jnp.argmax(mask)], jnp.zeros_like(a[0]))
-        return jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, row)
-
-    return jax.tree.map(filled, tree)
-
-
 def laid_out(array: Any) -> np.ndarray:
     """As JAX likes it: images NCHW to NHWC, int64 to int32."""
     array = np.asarray(array)

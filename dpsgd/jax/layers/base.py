@@ -5,6 +5,7 @@ x is what the layer got, g = dL/dy what came back to its output. Everything here
 example and batched by ``jax.vmap``, except :meth:`Rule.weighted`, which sees all P at once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,25 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpsgd import cost
+from dpsgd.jax.rows import squared
 
 Found = dict[str, jax.Array]
-
-
-def squared(a: jax.Array) -> jax.Array:
-    """Σ a², accumulated in float32 or better."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.square(a.astype(wide)).sum()
-
-
-def square_rows(a: jax.Array) -> jax.Array:
-    """Squared norms of the rows [P], accumulated in float32 or better."""
-    return jax.vmap(squared)(a)
-
-
-def weighted_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
-    """Σ_p factors_p · rows_p. As a product: XLA's sum over a leading axis is slow on CPUs."""
-    wide = jnp.promote_types(rows.dtype, factors.dtype)
-    return jnp.tensordot(factors, rows, axes=1, preferred_element_type=wide)
 
 
 def transposed(a: jax.Array) -> jax.Array:
@@ -88,8 +73,16 @@ class Rule:
         """(X, G)."""
         raise NotImplementedError
 
+    def sides(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """L and R, where LᵀR is the weight's gradient, or what :meth:`pulled` takes for it."""
+        return self.matrices(x, g)
+
+    def output(self, layer: Callable, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """``layer(x, …)``, perhaps in a shape that XLA likes better."""
+        return layer(x, *args, **kwargs)
+
     def shaped(self, product: jax.Array) -> jax.Array:
-        """[groups, d, p] as the weight."""
+        """LᵀR [groups, d, p] as the weight."""
         return product.reshape(self.shape)
 
     def bias(self, g: jax.Array) -> jax.Array:
@@ -139,8 +132,8 @@ class Rule:
 
     def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """The weight's gradient."""
-        inputs, outputs = self.matrices(x, g)
-        return self.shaped(jnp.einsum("ntd,ntp->ndp", inputs, outputs))
+        left, right = self.sides(x, g)
+        return self.shaped(jnp.einsum("ntd,ntp->ndp", left, right))
 
     def squared(self, x: jax.Array, g: jax.Array, way: str) -> jax.Array:
         """Squared norm of the weight's gradient: ⟨XXᵀ, GGᵀ⟩, or from the gradient itself."""
@@ -156,14 +149,14 @@ class Rule:
 
     def weighted(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """Σ_p of the weight's gradients, for x and g with a leading P; one large product."""
-        inputs, outputs = jax.vmap(self.matrices)(x, g)
+        left, right = jax.vmap(self.sides)(x, g)
         wide = jnp.promote_types(g.dtype, jnp.float32)
-        if inputs.shape[1] > 1:
-            product = jnp.einsum("entd,entp->ndp", inputs, outputs, preferred_element_type=wide)
+        if left.shape[1] > 1:
+            product = jnp.einsum("entd,entp->ndp", left, right, preferred_element_type=wide)
             return self.shaped(product)
         product = jax.lax.dot_general(
-            inputs.reshape(-1, inputs.shape[-1]),
-            outputs.reshape(-1, outputs.shape[-1]),
+            left.reshape(-1, left.shape[-1]),
+            right.reshape(-1, right.shape[-1]),
             (((0,), (0,)), ((), ())),
             preferred_element_type=wide,
         )

@@ -76,6 +76,7 @@ class Attend(Linear):
 
     def __init__(self, module: Any, trained: list[str]) -> None:
         Rule.__init__(self, module, trained)
+        self.turned = True  # the table is [V, d]
 
     @classmethod
     def takes(cls, module: Any) -> bool:
@@ -87,6 +88,6 @@ class Attend(Linear):
         """[V, d]."""
         return Lookup.shape_of(module)
 
-    def shaped(self, product: jax.Array) -> jax.Array:
-        """[1, d, V] as [V, d]."""
-        return product[0].T
+    def pulled(self, weight: jax.Array, total: jax.Array) -> jax.Array:
+        """[V, d] as it is."""
+        return total

@@ -17,6 +17,7 @@ class Linear(Rule):
     def __init__(self, module: nnx.Linear, trained: list[str]) -> None:
         super().__init__(module, trained)
         self.precision = module.precision
+        self.turned = self.shape[0] > self.shape[1]  # XLA's products on CPUs like wide rows
 
     @classmethod
     def takes(cls, module: nnx.Linear) -> bool:
@@ -31,6 +32,19 @@ class Linear(Rule):
     def matrices(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(X [1, T, d], G [1, T, p])."""
         return x.reshape(1, -1, x.shape[-1]).astype(g.dtype), g.reshape(1, -1, g.shape[-1])
+
+    def sides(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """X and G, or G and X for gradients [p, d]."""
+        inputs, outputs = self.matrices(x, g)
+        return (outputs, inputs) if self.turned else (inputs, outputs)
+
+    def shaped(self, product: jax.Array) -> jax.Array:
+        """[d, p] or [p, d]."""
+        return product[0]
+
+    def pulled(self, weight: jax.Array, total: jax.Array) -> jax.Array:
+        """[d, p]."""
+        return total.T if self.turned else total
 
     def pull(self, weight: jax.Array, g: jax.Array) -> jax.Array:
         """G Wᵀ."""

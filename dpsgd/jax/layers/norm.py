@@ -1,5 +1,6 @@
 """Norm layers, y = x̂·scale + bias over the last axis: their gradients are Σ_T x̂·g and Σ_T g."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ class Norm(Rule):
 
     def __init__(self, module: Any, trained: list[str]) -> None:
         super().__init__(module, trained)
+        self.by_rows = getattr(module, "reduction_axes", None) in (-1, (-1,))
         self.normalized = nnx.clone(module)
         for name in ("scale", "bias"):
             if hasattr(module, name):
@@ -34,10 +36,16 @@ class Norm(Rule):
         """[d]."""
         return module.scale.get_value().shape[-1:]  # it may be one of a stack
 
+    def output(self, layer: Callable, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Of a matrix, where that is the same: XLA's sums are slow beside an axis of length 1."""
+        if not self.by_rows:
+            return layer(x, *args, **kwargs)
+        return layer(x.reshape(-1, x.shape[-1]), *args, **kwargs).reshape(x.shape)
+
     def _along(self, x: jax.Array, g: jax.Array) -> jax.Array:
         # x̂·g [T, d], in float32 or better.
         wide = jnp.promote_types(g.dtype, jnp.float32)
-        along = self.normalized(x).astype(wide) * g.astype(wide)
+        along = self.output(self.normalized, x).astype(wide) * g.astype(wide)
         return along.reshape(-1, g.shape[-1])
 
     def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:

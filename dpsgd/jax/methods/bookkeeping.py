@@ -7,13 +7,9 @@ Each layer's norm and weighted sum are computed in the way that ``dpsgd.cost`` f
 fastest within the memory budget; what no rule takes is kept, by autodiff under vmap.
 """
 
-import jax
-import jax.numpy as jnp
-
-from dpsgd.jax.layers.base import weighted_rows
 from dpsgd.jax.record import Tapped
 from dpsgd.jax.recorded import Recorded
-from dpsgd.jax.step import select_rows
+from dpsgd.jax.rows import clean_rows, clip_factors, select_rows, weighted_rows
 
 
 class Bookkeeping(Recorded):
@@ -31,19 +27,9 @@ class Bookkeeping(Recorded):
         rows, found, squared = self.norm_pass(
             Tapped(self._parts, uses), params, select_rows(mask, inputs), targets
         )
-        factors, norms = self.factors(squared, clip_norm, mask)
-        good = jnp.isfinite(squared.astype(jnp.float32))
-        rows, found = _cleaned(rows, found, good)
+        factors, norms, good = clip_factors(squared, clip_norm, mask)
+        kept = [{w: a for w, a in taps.items() if w in ("weight", "bias")} for taps in found]
+        rows, kept = clean_rows(good, (rows, kept))
+        found = [taps | own for taps, own in zip(found, kept, strict=True)]
         own = {n: weighted_rows(factors, r) for n, r in rows.items()}
         return self.tree_of(own, self.summed(params, uses, found, factors, good)), norms
-
-
-def _cleaned(rows, found, good):
-    # Almost never entered. A plain select would copy every gradient before the products.
-    kept = [{w: a for w, a in taps.items() if w in ("weight", "bias")} for taps in found]
-    _, (rows, kept) = jax.lax.while_loop(
-        lambda state: state[0],
-        lambda state: (jnp.zeros_like(state[0]), select_rows(good, state[1])),
-        (~good.all(), (rows, kept)),
-    )
-    return rows, [taps | own for taps, own in zip(found, kept, strict=True)]

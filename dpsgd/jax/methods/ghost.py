@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dpsgd.jax.record import Tapped
 from dpsgd.jax.recorded import Recorded
-from dpsgd.jax.step import fill_rows, select_rows
+from dpsgd.jax.rows import clip_factors, fill_rows, select_rows
 
 
 class Ghost(Recorded):
@@ -27,9 +27,8 @@ class Ghost(Recorded):
         told = [use.told(self.ways[use.name], held=use.path in tied) for use in uses]
         inputs = select_rows(mask, inputs)
         _, _, squared = self.norm_pass(Tapped(self._parts, told), params, inputs, targets)
-        factors, norms = self.factors(squared, clip_norm, mask)
+        factors, norms, good = clip_factors(squared, clip_norm, mask)
         # A bad example's gradient times 0 may be NaN: a good one with weight 0 stands in for it.
-        good = jnp.isfinite(squared.astype(jnp.float32))
         inputs, targets = fill_rows(good, (inputs, targets))
         total = self.weighted_pass(params, inputs, targets, factors)
         return jax.tree.map(lambda a: jnp.where(good.any(), a, 0), total), norms

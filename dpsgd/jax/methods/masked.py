@@ -5,9 +5,9 @@ s = Σ_p c_p g_p,   c_p = min(1, C/‖g_p‖)    g: [P, ...] per parameter, c: [
 """
 
 import jax
-import jax.numpy as jnp
 
-from dpsgd.jax.step import JaxStep, select_rows
+from dpsgd.jax.rows import clean_rows, clip_factors, select_rows, square_rows, weighted_rows
+from dpsgd.jax.step import JaxStep
 
 
 class Masked(JaxStep):
@@ -28,18 +28,7 @@ class Masked(JaxStep):
 
     def _sum_and_norms(self, params, clip_norm, inputs, targets, mask):
         gradients = self._gradients(params, select_rows(mask, inputs), targets)
-        squared = sum(
-            jnp.square(g).reshape(len(mask), -1).sum(1) for g in jax.tree.leaves(gradients)
-        )
-        finite = jnp.isfinite(squared)
-        keep = mask & finite
-        # Almost never entered. A plain select would copy every gradient before the product below.
-        _, gradients = jax.lax.while_loop(
-            lambda state: state[0],
-            lambda state: (jnp.zeros_like(state[0]), select_rows(finite, state[1])),
-            (~finite.all(), gradients),
-        )
-        norms = jnp.sqrt(jnp.where(keep, squared, 0))
-        factors = jnp.where(keep, jnp.minimum(1, clip_norm / norms), 0)
-        total = jax.tree.map(lambda g: jnp.tensordot(factors, g, axes=1), gradients)
-        return total, jnp.sqrt(jnp.where(mask, squared, 0))
+        squared = sum(square_rows(g) for g in jax.tree.leaves(gradients))
+        factors, norms, good = clip_factors(squared, clip_norm, mask)
+        gradients = clean_rows(good, gradients)
+        return jax.tree.map(lambda g: weighted_rows(factors, g), gradients), norms

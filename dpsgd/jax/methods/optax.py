@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd.jax.methods.masked import Masked
-from dpsgd.jax.step import select_rows
+from dpsgd.jax.rows import select_rows, square_rows
 
 
 class Optax(Masked):
@@ -21,5 +21,5 @@ class Optax(Masked):
         gradients = select_rows(mask, gradients)
         leaves, tree = jax.tree.flatten(gradients)
         total, _ = optax.per_example_global_norm_clip(leaves, clip_norm)
-        squared = sum(jnp.square(g).reshape(len(mask), -1).sum(1) for g in leaves)
+        squared = sum(square_rows(g) for g in leaves)
         return jax.tree.unflatten(tree, total), jnp.sqrt(squared)

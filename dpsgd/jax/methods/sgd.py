@@ -7,7 +7,8 @@ g = (1/L) · Σ_{i∈B} g_i
 import jax
 import jax.numpy as jnp
 
-from dpsgd.jax.step import JaxStep, fill_rows
+from dpsgd.jax.rows import fill_rows
+from dpsgd.jax.step import JaxStep
 
 
 class SGD(JaxStep):

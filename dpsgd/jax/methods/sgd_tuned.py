@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dpsgd.jax.record import Tapped
 from dpsgd.jax.recorded import Recorded, replaced
-from dpsgd.jax.step import fill_rows
+from dpsgd.jax.rows import fill_rows
 
 
 class SGDTuned(Recorded):
