@@ -88,8 +88,8 @@ def _forked(case: Case, device: str) -> None:
 def measure(case_ids: list[str], device: str) -> Iterator[tuple[str, dict]]:
     """(case id, what :func:`peak` found), as each process of its own ends; one framework."""
     command = [sys.executable, "-W", "ignore", "-m", "perf.memory", "--device", device, *case_ids]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **streams) as child:
+    out, quiet = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=out, stderr=quiet) as child:
         for line in child.stdout or ():
             if line.startswith(b"{"):
                 found = json.loads(line)

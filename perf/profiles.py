@@ -178,8 +178,8 @@ PROFILES: dict[str, tuple[Block, ...]] = {
         Block(model="vit-ti16-4blocks", physical_batch=16, modes=_BOTH),
         Block(model="vit-s16-4blocks", physical_batch=8),
     ),
-    # On 2 cores with AVX-512 about an hour. Without, as measured on a busy machine: ViT-Ti 20 min,
-    # ViT-S 9, BiT 17 and its sweep of L 17, DistilBERT 12 and frozen 17; compiled and memory after.
+    # On 2 cores 80 minutes, as measured: ViT-Ti 16 min, ViT-S 9, BiT 12 and its sweep of L 10,
+    # DistilBERT 9 and frozen 14, compiled 7, memory 10. Without AVX-512 it is half as much again.
     "full-torch": (
         _torch("vit-ti16", 16),
         _torch("vit-s16", 8, without=("torch-ghost",)),
