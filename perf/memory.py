@@ -88,8 +88,7 @@ def _forked(case: Case, device: str) -> None:
 def measure(case_ids: list[str], device: str) -> Iterator[tuple[str, dict]]:
     """(case id, what :func:`peak` found), as each process of its own ends; one framework."""
     command = [sys.executable, "-W", "ignore", "-m", "perf.memory", "--device", device, *case_ids]
-    out, quiet = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=out, stderr=quiet) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         for line in child.stdout or ():
             if line.startswith(b"{"):
                 found = json.loads(line)

@@ -122,11 +122,9 @@ class Use:
 
     def __call__(self, original: Callable, module: nnx.Module, x, *args, **kwargs) -> jax.Array:
         """The layer's own output, with its taps."""
-        pull, layer = (
-            self.rule.pull if self.rule.pulls else None,
-            functools.partial(original, module),
-        )
-        y = self.rule.output(layer, jax.lax.stop_gradient(x) if pull else x, *args, **kwargs)
+        pull = self.rule.pull if self.rule.pulls else None
+        layer, given = functools.partial(original, module), jax.lax.stop_gradient(x) if pull else x
+        y = self.rule.output(layer, given, *args, **kwargs)
         zeros = {what: getattr(module, self.attribute(what))[...] for what in self.taps()}
         weight = getattr(module, self.rule.weight)[...]
         return tap(self.made, pull, y, self.seen(x, weight, y), zeros)

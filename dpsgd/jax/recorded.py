@@ -12,7 +12,7 @@ from dpsgd import cost
 from dpsgd.jax.layers.base import Found
 from dpsgd.jax.layers.embed import Attend, Lookup
 from dpsgd.jax.record import Parts, Tapped, Use
-from dpsgd.jax.rows import select_rows, square_rows, weighted_rows
+from dpsgd.jax.rows import beside, select_rows, square_rows, weighted_rows
 from dpsgd.jax.step import JaxStep
 
 
@@ -200,7 +200,7 @@ def replaced(leaves: list, numbers: list[int], own: list) -> list:
 def _product(use: Use, x, g, factors, good):
     # The select fuses with the copies that the product makes anyway.
     # The factors are not rounded to bf16, which could raise one above C/‖g‖.
-    g = (g * factors.reshape(-1, *[1] * (g.ndim - 1))).astype(g.dtype)
+    g = (g * beside(factors, g)).astype(g.dtype)
     if good is not None:
         x, g = select_rows(good, (x, g))
     product = use.rule.weighted

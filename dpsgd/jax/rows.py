@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 
 
+def beside(values: jax.Array, a: jax.Array) -> jax.Array:
+    """``values`` [P] in the shape [P, 1, …] that meets the rows of ``a``."""
+    return values.reshape(-1, *[1] * (a.ndim - 1))
+
+
 def select_rows(mask: jax.Array, tree: Any) -> Any:
     """Zero the masked rows of every array of ``tree`` by select, so that a NaN there is gone."""
-    return jax.tree.map(lambda a: jnp.where(_beside(mask, a), a, jnp.zeros_like(a)), tree)
+    return jax.tree.map(lambda a: jnp.where(beside(mask, a), a, jnp.zeros_like(a)), tree)
 
 
 def fill_rows(mask: jax.Array, tree: Any) -> Any:
@@ -20,7 +25,7 @@ def fill_rows(mask: jax.Array, tree: Any) -> Any:
 
     def filled(a):
         row = jnp.where(mask.any(), a[jnp.argmax(mask)], jnp.zeros_like(a[0]))
-        return jnp.where(_beside(mask, a), a, row)
+        return jnp.where(beside(mask, a), a, row)
 
     return jax.tree.map(filled, tree)
 
@@ -67,7 +72,3 @@ def weighted_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
     """Σ_p factors_p · rows_p. As a product: XLA's sum over a leading axis is slow on CPUs."""
     wide = jnp.promote_types(rows.dtype, factors.dtype)
     return jnp.tensordot(factors, rows, axes=1, preferred_element_type=wide)
-
-
-def _beside(mask, a):
-    return mask.reshape(-1, *[1] * (a.ndim - 1))

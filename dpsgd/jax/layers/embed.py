@@ -76,7 +76,6 @@ class Attend(Linear):
 
     def __init__(self, module: Any, trained: list[str]) -> None:
         Rule.__init__(self, module, trained)
-        self.turned = True  # the table is [V, d]
 
     @classmethod
     def takes(cls, module: Any) -> bool:
@@ -88,6 +87,6 @@ class Attend(Linear):
         """[V, d]."""
         return Lookup.shape_of(module)
 
-    def pulled(self, weight: jax.Array, total: jax.Array) -> jax.Array:
-        """[V, d] as it is."""
-        return total
+    def sides(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """G and X: the table is [V, d]."""
+        return super().sides(x, g)[::-1]

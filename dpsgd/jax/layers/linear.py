@@ -13,6 +13,7 @@ class Linear(Rule):
     """``nnx.Linear``: kernel [d, p]."""
 
     pulls = True
+    turned = False  # whether gradients are formed as [p, d]
 
     def __init__(self, module: nnx.Linear, trained: list[str]) -> None:
         super().__init__(module, trained)
