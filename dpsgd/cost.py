@@ -8,7 +8,8 @@ Framework-free. A layer with T positions, d inputs and p outputs per example can
 - ``gram``: the norm comes from two T×T Gram matrices, the sum from one weighted product afterwards;
   the layer's inputs and output gradients stay: P·T·(p+d) numbers;
 - ``rebuild``: the norm comes from gradients that are dropped at once; the rest is as for ``gram``;
-- ``together``: a parameter used more than once, whose gradients add up before they are normed;
+- ``together``: a parameter used more than once, or by no layer, whose gradients add up before they
+  are normed;
 - ``tied``: a table used as an embedding and as a linear layer: ``gram``, and the cross term.
 
 Sources: arXiv:2110.05679 (Gram), arXiv:2210.00038 (one backward pass).
@@ -26,7 +27,8 @@ class Layer:
     ``examples`` P, ``positions`` T, ``inputs`` d and ``outputs`` p of each of ``groups``.
 
     An image whose patches overlap holds fewer numbers than T·d: ``stored``. And XXᵀ of them takes
-    fewer than 2T²d FLOPs: 2T²·``gram_inputs``.
+    fewer than 2T²d FLOPs: 2T²·``gram_inputs``. ``beside`` numbers of an example and group stay
+    with x and g.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layer:
     itemsize: int = 4
     stored: int | None = None
     gram_inputs: int | None = None
+    beside: int = 0
     ways: tuple[str, ...] = WAYS
     norms_only: bool = False  # a second backward pass makes the sum: nothing is held
 
@@ -63,7 +66,7 @@ class Layer:
         if self.norms_only and way in ("gram", "rebuild"):
             return 0
         kept = way in ("keep", "together")
-        numbers = self.inputs * self.outputs if kept else self._pair
+        numbers = self.inputs * self.outputs if kept else self._pair + self.beside
         return self.examples * self.groups * numbers * self.itemsize
 
     def moved(self, way: str) -> int:

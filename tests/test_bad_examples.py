@@ -152,6 +152,32 @@ def test_a_layer_that_was_not_planned_for_never_escapes_the_norm(method, first, 
         assert_right(step, model, inputs, targets, mask, each)
 
 
+LOSSES = {
+    "mean": lambda losses: losses.mean(),
+    "column": lambda losses: losses[:, None],
+    "positions": lambda losses: losses[:, None].expand(-1, 3),
+}
+
+
+@pytest.mark.parametrize("method", ["torch-sgd", "torch-vmap", "torch-opacus", *OURS])
+@pytest.mark.parametrize("shape", LOSSES)
+def test_a_loss_that_is_not_one_number_for_each_example_is_refused(method, shape):
+    def loss(model, inputs, targets):
+        return LOSSES[shape](each(model, inputs, targets))
+
+    step = build(nn.Linear(6, 3), loss, method=method)
+    inputs = np.random.default_rng(0).standard_normal((P, 6), np.float32)
+    with pytest.raises(ValueError, match="one loss per example"):
+        step.accumulate(*step.put(inputs, np.zeros(P, int), np.ones(P, bool)))
+
+
+@pytest.mark.parametrize("method", ["torch-sgd", *OURS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_that_cannot_hold_a_sum_are_refused(method, dtype):
+    with pytest.raises(ValueError, match=r"rounded away.*model\.float"):
+        build(nn.Linear(6, 3).to(dtype), each, method=method)
+
+
 class Mixing(nn.Module):
     def __init__(self):
         super().__init__()
@@ -182,9 +208,57 @@ class Direct(nn.Module):
         return x @ self.linear.weight
 
 
+class Zeroed(nn.Module):
+    """Uses a layer's weight without calling the layer, and its gradient is zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.beside = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.linear(x) + self.alpha * nn.functional.linear(x, self.beside.weight)
+
+
+class FirstCopy(nn.Module):
+    """One example's copy of what all of them share."""
+
+    def __init__(self, bare):
+        super().__init__()
+        self.linear, self.more = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.table, self.bare = nn.Parameter(torch.randn(1, 6)), bare
+
+    def forward(self, x):
+        rows = self.table.expand(len(x), -1) if self.bare else self.more(torch.ones(1, 6))
+        return self.linear(x) + rows[0]
+
+
+class Modulated(nn.Module):
+    """A layer without a rule that gets two tensors of examples."""
+
+    class Own(nn.Module):  # noqa: D106
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(6))
+
+        def forward(self, x, y):
+            return torch.sin(x * self.a) * y
+
+    def __init__(self):
+        super().__init__()
+        self.own = self.Own()
+
+    def forward(self, x):
+        return self.own(x, x.flip(1))
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "words"),
     [
+        (Zeroed, (6,), "'beside.weight' is used in a way"),
+        (lambda: FirstCopy(True), (6,), "'table' mixes examples"),
+        (lambda: FirstCopy(False), (6,), "'more.weight' mixes examples"),
+        (Modulated, (6,), "'own' .*more than one tensor"),
         (Mixing, (6,), "mixes examples"),
         (SequenceFirst, (5, 6), "'linear.*mixes examples"),
         (SequenceFirst, (3, 6), "'linear' gives .* first axis"),
@@ -199,11 +273,49 @@ def test_what_cannot_be_told_apart_is_named(model, shape, words):
         step.norms(*step.put(inputs, np.zeros(P, int), np.ones(P, bool)))
 
 
-def test_a_loss_that_mixes_examples_is_refused():
-    def mean(model, inputs, targets):
-        return each(model, inputs - inputs.mean(0), targets)
+MIXED = {
+    "all": lambda x: x - x.mean(0),
+    "the first": lambda x: x - x[:1],
+    "those before": lambda x: x.cumsum(0),
+    "those after": lambda x: x.flip(0).cumsum(0).flip(0),
+}
 
-    step = build(nn.Linear(6, 3), mean)
-    inputs = np.random.default_rng(0).standard_normal((P, 6), np.float32)
+
+@pytest.mark.parametrize("others", MIXED)
+@pytest.mark.parametrize("what", ["inputs", "ids", "targets"])
+def test_a_loss_that_mixes_examples_is_refused(others, what):
+    def loss(model, inputs, targets):
+        if what == "targets":
+            return (model(inputs)[:, 0] - MIXED[others](targets)).square()
+        if what == "ids":  # through which no gradient goes
+            inputs = MIXED[others](inputs.float()).abs().long() % 5
+            return each(model, inputs, targets)
+        return each(model, MIXED[others](inputs), targets)
+
+    rng = np.random.default_rng(0)
+    inputs, targets = (rng.standard_normal(s).astype(np.float32) for s in ((P, 6), P))
+    model = nn.Embedding(5, 3) if what == "ids" else nn.Linear(6, 3)
+    if what == "ids":
+        inputs = np.arange(6 * P).reshape(P, 6) * 7 % 5
+    step = build(model, loss)
     with pytest.raises(ValueError, match="the loss mixes examples"):
-        step.norms(*step.put(inputs, np.zeros(P, int), np.ones(P, bool)))
+        step.norms(*step.put(inputs, targets, np.ones(P, bool)))
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(6, 3), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.linear(x)) + nn.functional.dropout(x, 0.5)[:, :3]
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_dropout_is_no_mixing(method):
+    torch.manual_seed(0)
+    step = build(Dropping().train(), each, method=method)
+    placed = step.put(np.ones((P, 6), np.float32), np.zeros(P, int), np.ones(P, bool))
+    first, second = step.norms(*placed), step.norms(*placed)
+    assert (first != second).any()
+    assert all(module.training for module in step.model.modules())

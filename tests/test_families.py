@@ -99,7 +99,7 @@ def test_every_jax_method_matches_the_oracle(name, model):
 
 def test_the_comparison_sees_a_leak_of_the_padding():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpsgd.torch.methods.sgd.fill_rows", lambda mask, tree: tree)
+        patch.setattr("dpsgd.torch.step.fill_rows", lambda mask, tree: tree)
         patch.setattr("torch.where", lambda mask, losses, zeros: losses)
         assert problem("torch-sgd", "distilbert-test") > 100 * TOLERANCE
 

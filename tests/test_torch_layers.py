@@ -1,5 +1,7 @@
 """Every rule in every way, on single layers and small models, and the plan that chooses the way."""
 
+import dataclasses
+
 import hf
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 from torch_steps import OURS, P, assert_right, build, each
 
 from dpsgd import cost
-from dpsgd.torch.layers import rule_for
+from dpsgd.torch.layers import other, rule_for
 from dpsgd.torch.layers.base import Seen
 from dpsgd.torch.layers.conv import Conv
 
@@ -90,6 +92,18 @@ class Unused(nn.Module):
         return self.table(x.detach().abs().mul(10).long() % 5)
 
 
+class Idle(nn.Module):
+    """Calls a layer whose output the loss does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.idle = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        self.idle(x)
+        return self.linear(x)
+
+
 class Rooted(nn.Module):
     """The gradient of its input is not finite; those of its parameters are."""
 
@@ -123,6 +137,7 @@ LAYERS = {
     "tied, two lookups": (lambda: Tied(calls=2), (4,)),
     "tied, two heads": (lambda: Tied(heads=2), (4,)),
     "bare and of a layer": (Crossed, (6,)),
+    "called in vain": (Idle, (6,)),
     "written into": (Written, (2, 5, 5)),
     "tied, a head unused": (Unused, (4,)),
     "an infinite gradient of the input": (Rooted, (6,)),
@@ -187,6 +202,27 @@ def test_the_plan_names_the_fallback():
     line = next(line for line in step.explain().splitlines() if line.startswith("own "))
     assert "no rule" in line
     assert "keep" in line
+    bare = {c.layer.name: c.layer.held(c.way) for c in step.plan if "(parameter)" in c.layer.kind}
+    assert bare == {"token": P * 6 * 4, "scale": P * 6 * 4}
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_fallback_that_failed_once_is_there_again(method, monkeypatch):
+    model = Scaled()
+    step, mask = build(model, each, method=method), np.ones(P, bool)
+    inputs = np.random.default_rng(0).standard_normal((P, 3, 6), np.float32)
+    placed = step.put(inputs, np.zeros(P, int), mask)
+    step.norms(*placed)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "vmap", full)
+        with pytest.raises(RuntimeError, match="out of memory") as error:
+            step.norms(*placed)
+    assert "'own'" in error.value.__notes__[0]
+    assert_right(step, model, inputs, np.zeros(P, int), mask, each)
 
 
 @settings(max_examples=20)
@@ -216,6 +252,20 @@ def test_norms_of_bf16_gradients_are_accumulated_in_float32(sizes, layer, way):
     want = rows.flatten(1).square().sum(1)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.sqrt().numpy(), want.sqrt().numpy(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_layer_called_in_vain_compiles(method, captured):
+    torch.manual_seed(0)
+    step = build(Idle(), each, method=method, compile=True)
+    inputs = np.random.default_rng(0).standard_normal((P, 6), np.float32)
+    placed = step.put(inputs, np.zeros(P, int), np.ones(P, bool))
+    got = step.clipped_sum(*placed)
+    step.compile = False
+    want = step.clipped_sum(*placed)
+    assert not got["idle.weight"].any()
+    for n in want:
+        np.testing.assert_allclose(got[n], want[n], atol=1e-6)
 
 
 # The plan
@@ -262,3 +312,6 @@ def test_flops_and_bytes():
     assert layer.flops("rebuild") == 2 * 2 * 2 * 3 * 5 * 7
     assert layer.held("keep") == 2 * 5 * 7 * 4
     assert layer.held("gram") == layer.held("rebuild") == 2 * 3 * 12 * 4
+    more = dataclasses.replace(layer, beside=3)
+    assert more.held("gram") - layer.held("gram") == 2 * 3 * 4
+    assert more.held("keep") == layer.held("keep")

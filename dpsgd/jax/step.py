@@ -41,8 +41,8 @@ def check_model(model: nnx.Module, wrt: Any = nnx.Param) -> None:
     Refuse what cannot be clipped per example; ``wrt`` is the nnx filter of what is trained.
 
     Raises:
-        ValueError: a BatchNorm layer, active dropout or a parameter without a gradient, named, or
-            no trainable parameter.
+        ValueError: a BatchNorm layer, active dropout, a parameter without a gradient or of 16
+            bits, named, or no trainable parameter.
     """
     for path, node in nnx.iter_graph(model):
         name = ".".join(map(str, path))
@@ -68,6 +68,12 @@ def check_model(model: nnx.Module, wrt: Any = nnx.Param) -> None:
             raise ValueError(
                 f"parameter {'.'.join(map(str, path))!r} is {variable.dtype}, which has no "
                 "gradient: make it an nnx.Variable, or leave it out of wrt"
+            )
+        if jnp.dtype(variable.dtype).itemsize < 4:
+            raise ValueError(
+                f"parameter {'.'.join(map(str, path))!r} is {variable.dtype}, in which a sum of "
+                "many clipped gradients and its noise are rounded away: keep it in float32 "
+                "(param_dtype); precision='bf16' computes in bf16 all the same"
             )
 
 

@@ -216,6 +216,7 @@ class Recorder:
                 )
             x = given[0]
             if isinstance(rule, Other):
+                _check_others(rule, given, run)
                 rule.more, rule.named = args[1:], dict(list(kwargs.items())[0 if args else 1 :])
             if y.shape[0] == 1 < run.examples:  # once for the whole batch, as position ids are
                 x, y = (t.expand(run.examples, *t.shape[1:]) for t in (x, y))
@@ -272,6 +273,16 @@ class Recorder:
             for (_, module, attribute), value in zip(self.bare, values, strict=True):
                 delattr(module, attribute)
                 module._parameters[attribute] = value
+
+
+def _check_others(rule: Other, given: list[Any], run: Run) -> None:
+    # At the first batch, whose number of examples is hardly another size.
+    rows = len(given[0])
+    if not run.ways and any(isinstance(t, Tensor) and t.shape[:1] == (rows,) for t in given[1:]):
+        raise ValueError(
+            f"layer {rule.name!r} ({type(rule.module).__name__}), for which there is no rule, gets "
+            "more than one tensor that holds the examples: freeze it, or use torch-vmap"
+        )
 
 
 def _no_layer(module: nn.Module) -> bool:

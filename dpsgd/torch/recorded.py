@@ -27,7 +27,7 @@ from dpsgd.torch.layers import Embedding, Linear
 from dpsgd.torch.layers.base import wide
 from dpsgd.torch.measure import seconds
 from dpsgd.torch.record import Recorder, Run, Use
-from dpsgd.torch.step import TorchStep, fill_rows
+from dpsgd.torch.step import TorchStep
 
 
 class Recorded(TorchStep):
@@ -83,17 +83,13 @@ class Recorded(TorchStep):
 
     # One physical batch
 
-    def _losses(self, inputs, targets, mask):
-        with self.autocast():
-            return self.loss(self.model, *fill_rows(mask, (inputs, targets)))
-
     @contextlib.contextmanager
     def _normed(self, inputs, targets, mask) -> Iterator[tuple[Run, Tensor, Tensor]]:
         """The run up to the norms: what was recorded, the losses [P], the squared norms [P]."""
         with self.recorder.recording(
             len(mask), self.ways, frozen=not self.norms_only, norms_only=self.norms_only
         ) as run:
-            losses = self._losses(inputs, targets, mask)
+            losses = self.losses(inputs, targets, mask)
             self._check_calls(run.uses)
             total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
             run.backward(total, again=self.norms_only)
@@ -228,6 +224,19 @@ class Recorded(TorchStep):
             layers.append(dataclasses.replace(layer, name=name, examples=size, ways=ways))
             if self.measure and len(ways) > 1:
                 times |= seconds(layers[-1], calls[0].rule, calls[0].seen)
+        for name, module, _ in self.recorder.bare:
+            layers.append(
+                cost.Layer(
+                    name=name,
+                    kind=f"{type(module).__name__} (parameter)",
+                    examples=self.physical_batch_size,
+                    positions=1,
+                    inputs=1,
+                    outputs=self.params[self._index[name]].numel(),
+                    itemsize=self.params[0].element_size(),
+                    ways=("together",),
+                )
+            )
         self.plan = self._planned(layers, times)
         self.ways = {choice.layer.name: choice.way for choice in self.plan}
 

@@ -45,6 +45,21 @@ def unique_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def check_losses(losses: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    ``losses``, one for each of ``count`` examples.
+
+    Raises:
+        ValueError: they are not [count]: broadcast against the mask, they would mix examples.
+    """
+    if losses.shape != (count,):
+        raise ValueError(
+            f"the loss of {count} examples has shape {list(losses.shape)}; return one loss per "
+            f"example, [{count}], and neither their mean nor their sum"
+        )
+    return losses
+
+
 def fill_rows(mask: torch.Tensor, tree: Any) -> Any:
     """
     The first unmasked row in place of every masked one, by select, in every tensor of ``tree``.
@@ -75,7 +90,8 @@ class TorchStep:
         done: updates so far; the noise of an update depends on its number.
 
     Raises:
-        ValueError: BatchNorm, no trainable parameter, mixed dtypes or an unknown option.
+        ValueError: BatchNorm, no trainable parameter, dtypes that are mixed or of 16 bits, or an
+            unknown option; in ``accumulate``, a loss that is not [P].
     """
 
     private = True
@@ -113,6 +129,12 @@ class TorchStep:
         if len({(p.dtype, p.device) for p in self.params}) > 1:
             raise ValueError("trainable parameters must share one dtype and one device")
         first = self.params[0]
+        if first.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"trainable parameters are {first.dtype}, in which a sum of many clipped gradients "
+                "and its noise are rounded away: train model.float(); precision='bf16' computes in "
+                "bf16 all the same, and frozen parameters may stay as they are"
+            )
         self.device = first.device
         sizes = [p.numel() for p in self.params]
         self._check_sync(sync)
@@ -140,6 +162,12 @@ class TorchStep:
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast where the precision asks for it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def losses(self, inputs: Any, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[P]; those of masked rows are of another row, and are to be dropped by select."""
+        with self.autocast():
+            found = self.loss(self.model, *fill_rows(mask, (inputs, targets)))
+        return check_losses(found, len(mask))
 
     def put(self, inputs: Any, targets: np.ndarray, mask: np.ndarray) -> tuple[Any, Any, Any]:
         """NumPy arrays to tensors on the model's device."""

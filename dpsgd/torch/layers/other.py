@@ -28,8 +28,16 @@ class Other(Rule):
             with torch.enable_grad():
                 return vjp(forward, params)[1](g)[0]
 
-        self.busy = True  # this call of the module is not one of the model's
         x, g = (fold(t, seen.examples) for t in (seen.x, seen.g))
-        found = vmap(one, randomness="different")(x, g)
-        self.busy = False
+        self.busy = True  # this call of the module is not one of the model's
+        try:
+            found = vmap(one, randomness="different")(x, g)
+        except RuntimeError as error:
+            error.add_note(
+                f"in layer {self.name!r}, for which there is no rule: torch.func differentiates "
+                "its forward for one example at a time; freeze it, or use another method"
+            )
+            raise
+        finally:
+            self.busy = False
         return [found[name] for name in self.trained]

@@ -1,8 +1,11 @@
 """BiT's convolution, whose weight is standardised in each forward."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from dpsgd import cost
 from dpsgd.torch.layers.base import Seen, dot_channels, tracing, wide
 from dpsgd.torch.layers.conv import Conv
 
@@ -17,6 +20,11 @@ class StandardizedConv(Conv):
     """
 
     needs_output = True
+
+    def layer(self, seen: Seen) -> cost.Layer:
+        """Its sizes; y is held, too."""
+        beside = seen.g.numel() // (seen.examples * self.groups)
+        return dataclasses.replace(super().layer(seen), beside=beside)
 
     def start(self) -> None:
         """The weight [p, K], its mean, 1/s and ‖ŵ‖², all but the first [p]."""

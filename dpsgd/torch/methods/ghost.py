@@ -38,22 +38,23 @@ class Ghost(Recorded):
 
     def _add(self, run: Run, losses: Tensor, factors: Tensor, into: list[Tensor]) -> None:
         named = dict(self.model.named_parameters())  # without those that the meetings stand for
+        normed = {self._index[name] for use in run.uses for name in use.rule.names}
         live = [
-            (named[name], into[n])
-            for n, name in enumerate(self.names)
-            if name in named and n not in run.shared
-        ]
+            (named[self.names[n]], into[n]) for n in sorted(normed - set(run.shared))
+        ]  # nothing else: what is in no norm must not be in the sum
         for number, rows in run.shared.items():
             add_rows(into[number], rows, factors)
         run.shared.clear()
         if not live:
             return
-        weighted = losses * factors.to(losses.dtype)
+        weighted = losses.to(factors.dtype) * factors  # rounding must not raise a factor
         total = torch.where(factors > 0, weighted, torch.zeros_like(weighted)).sum()
         params = [p for p, _ in live]
         if tracing():
-            for (_, view), g in zip(live, torch.autograd.grad(total, params), strict=True):
-                view.add_(g)
+            found = torch.autograd.grad(total, params, allow_unused=True)
+            for (_, view), g in zip(live, found, strict=True):
+                if g is not None:
+                    view.add_(g)
         else:
             for p, view in live:
                 p.grad = view

@@ -15,7 +15,7 @@ from opacus.optimizers import DPOptimizer
 from torch.utils._pytree import tree_map
 
 from dpsgd.torch.noise import Noise
-from dpsgd.torch.step import TorchStep
+from dpsgd.torch.step import TorchStep, check_losses
 
 
 class Opacus(TorchStep):
@@ -43,9 +43,10 @@ class Opacus(TorchStep):
         return {}
 
     def _losses(self, inputs, targets, mask):
-        inputs = tree_map(lambda t: t[mask], inputs)
+        inputs, targets = tree_map(lambda t: t[mask], (inputs, targets))
         with self.autocast():
-            return self.loss(self.module, inputs, targets[mask])
+            losses = self.loss(self.module, inputs, targets)
+        return check_losses(losses, len(targets))
 
     def _backward(self, losses) -> None:
         losses.sum().backward()

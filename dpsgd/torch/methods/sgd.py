@@ -11,7 +11,7 @@ number of physical batches: ``logical.share(rank, world, even=True)``.
 
 import torch
 
-from dpsgd.torch.step import TorchStep, fill_rows
+from dpsgd.torch.step import TorchStep
 
 
 class SGD(TorchStep):
@@ -30,8 +30,7 @@ class SGD(TorchStep):
             raise ValueError(f"sync is {sync!r}; use 'once' or 'every'")
 
     def _total(self, inputs, targets, mask):
-        with self.autocast():
-            losses = self.loss(self.model, *fill_rows(mask, (inputs, targets)))
+        losses = self.losses(inputs, targets, mask)
         return torch.where(mask, losses, torch.zeros_like(losses)).sum()
 
     def _accumulate(self, inputs, targets, mask) -> None:

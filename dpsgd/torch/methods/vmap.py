@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from dpsgd.torch.step import TorchStep, fill_rows
+from dpsgd.torch.step import TorchStep, check_losses, fill_rows
 
 
 class Vmap(TorchStep):
@@ -26,7 +26,7 @@ class Vmap(TorchStep):
 
             with self.autocast():
                 one = tree_map(lambda t: t[None], inputs)
-                return self.loss(bound, one, target[None])[0]
+                return check_losses(self.loss(bound, one, target[None]), 1)[0]
 
         return grad(objective)(params)
 
