@@ -10,11 +10,12 @@ A folder holds three kinds of file, each written whole or not at all:
 Draw and noise of a step are functions of the keys and its number. With the keys, the steps after
 the checkpoint are repeated, with the same draws and the same noise: nothing new is released, and
 each is charged once. Without them fresh keys are drawn, and the steps of the ledger that are run
-again are charged again.
+again are charged again; so it is where the training data are others than those of the keys.
 
-Guarantees: a noise key meets one sequence of sums only. Everything that a sum depends on is in the
-configuration, and a run with another one is refused. A repeated sum is the same up to the order in
-which the device adds.
+Guarantees: a noise key meets one sequence of sums only. A sum depends on the parameters, which are
+in the checkpoint; on the configuration, and a run with another one is refused; on the training
+data, of which the keys hold a digest; and on the code, which nobody compares: go on with the same
+versions. A repeated sum is the same up to the order in which the device adds.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ class Keys:
     noise: int = field(repr=False)
     number: int = 0  # how many keys this run had before
     shares: int = 1  # devices whose noise adds up to that of one
+    data: int = field(default=0, repr=False)  # digest of what they were used with
 
     @classmethod
     def fresh(cls, ranks: Ranks, seed: int | None = None, number: int = 0) -> "Keys":
@@ -67,7 +69,8 @@ class Folder:
         resume: go on with what is there; nothing there is a new run.
 
     Raises:
-        ValueError: there is a run already, or one with another configuration.
+        ValueError: there is a run already, or one with another configuration, or one that not all
+            ranks see.
     """
 
     def __init__(
@@ -79,10 +82,15 @@ class Folder:
         self._model, self._ledger = self.path / "checkpoint.npz", self.path / "ledger"
         self.path.mkdir(parents=True, exist_ok=True)
         self.done, self._number = 0, 0
+        text = self._ledger.read_text() if self._ledger.exists() else ""
+        self._begun = {*text.splitlines()}  # a last line that was cut off counts as a step
         self.seeded = False  # whether any of the run's keys came from a seed
         self._state: dict[str, np.ndarray] | None = None
-        if not self._model.exists():
-            return
+        if self._model.exists():
+            self._load(resume)
+        self._compare()
+
+    def _load(self, resume: bool) -> None:
         if not resume:
             raise ValueError(f"{self.path} holds a run already: resume it, or take another folder")
         try:
@@ -99,6 +107,16 @@ class Folder:
         if self.charged < public["charged"]:
             raise ValueError(f"{self._ledger} lacks steps that were begun: put it back whole")
 
+    def _compare(self) -> None:
+        # Before anything is written: a rank that sees no checkpoint would have all keys replaced.
+        mine = -1 if self._state is None else self.done
+        seen = [int(done) for done in self.ranks.exchange("checkpoint", str(mine))]
+        if blind := [str(rank) for rank, done in enumerate(seen) if done < max(seen)]:
+            raise ValueError(
+                f"rank {', '.join(blind)} does not see the {self._model} that others see: the "
+                "folder must be one that all ranks share"
+            )
+
     def _check(self, before: dict[str, Any]) -> None:
         for name, value in self.config.items():
             if before.get(name) != value:
@@ -107,23 +125,25 @@ class Folder:
                     "resume with the same options"
                 )
 
-    def keys(self, seed: int | None, shares: int | None = None) -> Keys:
+    def keys(self, seed: int | None, shares: int | None = None, data: int = 0) -> Keys:
         """
         Those of the run, if every rank still has its own; otherwise fresh ones on all ranks.
 
         The number of devices may change, but with it do the shares of the noise: fresh ones, too.
+        So may the data, whose sums must not meet the noise of the others' sums.
 
         Args:
             seed: what fresh keys come from in a repeatable run; None is the operating system.
             shares: devices that the noise is split over; None: one for each rank.
+            data: a digest of the training data, to be kept with the keys and nowhere else.
         """
         shares = shares or self.ranks.world
-        last = max((int(line[:4]) for line in self._lines() if line[:4].isdigit()), default=-1)
+        last = max((int(line[:4]) for line in self._begun if line[:4].isdigit()), default=-1)
         mine = self._read_keys() if self._state is not None else None
-        known = mine is not None and mine.number >= last and mine.shares == shares
+        known = mine and mine.number >= last and (mine.shares, mine.data) == (shares, data)
         answers = self.ranks.exchange("keys", str(mine.number) if mine and known else "")
         if mine is None or len({*answers}) > 1 or not answers[0]:
-            mine = replace(Keys.fresh(self.ranks, seed, last + 1), shares=shares)
+            mine = replace(Keys.fresh(self.ranks, seed, last + 1), shares=shares, data=data)
             self.seeded |= seed is not None
             _write(self._keys, json.dumps(asdict(mine)).encode())
         self._number = mine.number
@@ -142,12 +162,13 @@ class Folder:
 
     def begin(self, number: int) -> None:
         """Before the update of step ``number``: it may be released from now on."""
-        if self.ranks.rank:
-            return
-        with self._ledger.open("ab") as file:
-            file.write(f"{self._number:04d} {number:08d}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        line = f"{self._number:04d} {number:08d}"
+        if self.ranks.rank == 0:
+            with self._ledger.open("ab") as file:
+                file.write(f"{line}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+        self._begun.add(line)
 
     def save(self, step: Step) -> None:
         """The state after the step's last update."""
@@ -164,10 +185,7 @@ class Folder:
     @property
     def charged(self) -> int:
         """Steps that were begun, each with every key that it was begun with."""
-        return len({*self._lines()})
-
-    def _lines(self) -> list[str]:
-        return self._ledger.read_text().splitlines() if self._ledger.exists() else []
+        return len(self._begun)
 
     def _read_keys(self) -> Keys | None:
         try:

@@ -1,10 +1,11 @@
 """
-The loop of all steps, as every rank runs it: progress, what was begun, checkpoints, Ctrl-C.
+The loop of all steps, as every rank runs it: progress, checkpoints, what an early end has spent.
 
 Nothing that depends on the training data is shown, unless diagnostics are asked for.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,6 +17,23 @@ from dpsgd.data import Dataset
 from dpsgd.privacy import PrivacyConfig
 from dpsgd.ranks import Ranks
 from dpsgd.sampling import LogicalBatch, side_by_side
+
+_RELATIONS = {"add_remove": "add/remove one", "replace_one": "replace one"}
+
+
+def rounded_up(epsilon: float) -> str:
+    """ε is an upper bound and stays one when it is shown."""
+    return f"{math.ceil(epsilon * 100) / 100:.2f}" if math.isfinite(epsilon) else "inf"
+
+
+def statement(
+    epsilon: float, *, delta: float, neighbours: str, sample_rate: float, steps: int
+) -> str:
+    """``epsilon``, with all that it is stated for."""
+    return (
+        f"ε = {rounded_up(epsilon)} at δ = {delta:g} "
+        f"({_RELATIONS[neighbours]}, Poisson q={sample_rate:.4g}, T={steps}, PLD)"
+    )
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,6 +54,27 @@ class Interrupted(KeyboardInterrupt):
         return self.config.epsilon(self.steps)
 
 
+class Unsaved(RuntimeError):
+    """A file of the run cannot be written, by ``cause``; the message says what was spent, too."""
+
+    public = True  # the message holds nothing of the data
+
+    def __init__(self, folder: Folder, cause: OSError, config: PrivacyConfig):
+        steps = folder.charged
+        spent = statement(
+            config.epsilon(steps),
+            delta=config.delta,
+            neighbours=config.neighbours,
+            sample_rate=config.sample_rate,
+            steps=steps,
+        )
+        unless = folder.seeded * ", which holds for nobody who knows the seed"
+        super().__init__(
+            f"{folder.path} cannot be written ({cause.strerror or cause}): the run ends after "
+            f"{steps} of {config.steps} steps, which spent {spent}{unless}; mend that and resume"
+        )
+
+
 class Tally:
     """Steps to charge: those that were begun, in this run or, with its folder, before."""
 
@@ -52,7 +91,22 @@ class Tally:
         """Before the update of step ``number``: interrupted in it, the sum may be out already."""
         self._begun = number
         if self._folder:
-            self._folder.begin(number)
+            with self._written(self._folder) as folder:
+                folder.begin(number)
+
+    def save(self, step: Any) -> None:
+        """A checkpoint, where the run has a folder."""
+        if self._folder:
+            with self._written(self._folder) as folder:
+                folder.save(step)
+
+    @contextlib.contextmanager
+    def _written(self, folder: Folder) -> Iterator[Folder]:
+        try:
+            yield folder
+        except OSError as error:
+            assert self._config is not None
+            raise Unsaved(folder, error, self._config) from error
 
     @property
     def steps(self) -> int:
@@ -124,8 +178,8 @@ def run(
                 step.declare(draw=logical.drawn)
             step.update()
             bar.advance(task)
-            if folder and (number % every == 0 or number == config.steps):
-                folder.save(step)
+            if number % every == 0 or number == config.steps:
+                tally.save(step)
         step.synchronize()
     return time.perf_counter() - start
 

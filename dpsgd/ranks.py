@@ -66,9 +66,9 @@ class Ranks:
             raise ValueError(f"{names[0]} is {rank} and {names[1]} {world}: unset or mend them")
         return cls(rank=rank, world=world, local_rank=local)
 
-    def waiting(self, step: int) -> contextlib.AbstractContextManager:
-        """Around the collective of update ``step``."""
-        return self.watch.waiting(step) if self.watch else contextlib.nullcontext()
+    def waiting(self, at: int | str) -> contextlib.AbstractContextManager:
+        """Around what all ranks must come to: the collective of update ``at``, or named so."""
+        return self.watch.waiting(at) if self.watch else contextlib.nullcontext()
 
     def busy(self) -> contextlib.AbstractContextManager:
         """Around long work of this rank that others may have to wait for."""
@@ -116,17 +116,17 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def joined(framework: str, device: str | None = None) -> Iterator[Ranks]:
+def joined(framework: str, device: str | None = None, timeout_s: float = 40.0) -> Iterator[Ranks]:
     """
     The ranks of this launch, while it lasts; what ends one of them early is told to the others.
 
-    ``dpsgd.<framework>.distributed`` has ``connect(device=)`` and ``disconnect(ranks, error)``.
+    ``dpsgd.<framework>.distributed`` has ``connect`` and ``disconnect(ranks, error)``.
     """
     if Ranks.from_env().world == 1:
         yield Ranks()
         return
     distributed = importlib.import_module(f"dpsgd.{framework}.distributed")
-    ranks = distributed.connect(device=device)
+    ranks = distributed.connect(device=device, timeout_s=timeout_s)
     try:
         yield ranks
     except BaseException as error:

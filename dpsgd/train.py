@@ -20,18 +20,13 @@ from types import ModuleType
 from dpsgd import data as datasets
 from dpsgd import loop, methods, models
 from dpsgd.checkpoint import Folder, Keys
-from dpsgd.loop import Interrupted
+from dpsgd.loop import Interrupted, Unsaved
 from dpsgd.memory import keep_freed_memory
 from dpsgd.methods import METHODS, Method, Step
 from dpsgd.privacy import PrivacyConfig
-from dpsgd.ranks import Disagreement, Ranks, joined
+from dpsgd.ranks import Disagreement, Ranks, digest, joined
 from dpsgd.sampling import PLACEMENTS, check_arguments, rank_batches
 
-_PATHS = (
-    *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
-    PermissionError,
-)
-_RELATIONS = {"add_remove": "add/remove one", "replace_one": "replace one"}
 _TEST_CHUNK = 1024  # images in memory at once: 0.6 GB at 3x224x224
 
 
@@ -67,7 +62,7 @@ class Result:
 
 def train(
     *,
-    method: str = "torch-vmap",
+    method: str = "torch-bookkeeping",
     model: str = "digits-cnn",
     data: str = "digits",
     data_dir: str | Path | None = None,
@@ -88,6 +83,7 @@ def train(
     placement: str = "round-robin",
     noise_placement: str = "split",
     sync: str = "once",
+    timeout_s: float = 40.0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = False,
@@ -121,6 +117,7 @@ def train(
             from a part of the data of its own.
         noise_placement: ``split`` over the ranks, or all on ``rank0``.
         sync: SGD sums over ranks ``once`` per logical batch, or at ``every`` physical batch.
+        timeout_s: of :class:`dpsgd.watch.Watch`, which ends all ranks where one dies or hangs.
         checkpoint: a folder that the run can be resumed from; it holds its secret keys too.
         checkpoint_every: updates from one checkpoint to the next.
         resume: go on with the run in ``checkpoint``, or begin it if it holds none.
@@ -129,8 +126,9 @@ def train(
         progress: show a progress bar on stderr.
 
     Raises:
-        KeyError, ValueError, ModuleNotFoundError, and OSErrors of a path: an option cannot work;
-            the message says why.
+        KeyError, ValueError, ModuleNotFoundError, OSError: an option cannot work; the message says
+            why.
+        Unsaved: the folder cannot be written any more; the message says what was spent.
         Interrupted: Ctrl-C after the first step had begun.
     """
     row, spec = methods.get(method), models.get(model)
@@ -142,6 +140,8 @@ def train(
         raise ValueError("resume needs the checkpoint folder of the run")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
+    if not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s is {timeout_s}; it must be finite and above 0")
     public = {
         "method": method,
         "model": model,
@@ -161,7 +161,7 @@ def train(
     check_arguments(num_examples, sample_rate, physical_batch_size, steps)
     framework = _framework(row)
     tally = loop.Tally()
-    with tally.stated(), joined(row.framework, device) as ranks:
+    with tally.stated(), joined(row.framework, device, timeout_s) as ranks:
         place = _device(row, device)  # JAX must not look for devices before it has joined
         net = framework.build(
             spec.replace(num_classes=dataset.num_classes),
@@ -186,7 +186,7 @@ def train(
             folder = Folder(checkpoint, ranks, public, resume=resume)
         tally.open(folder, config, seed is not None)
         shares = _shares(row, place, ranks)
-        keys = folder.keys(seed, shares) if folder else Keys.fresh(ranks, seed)
+        keys = folder.keys(seed, shares, _digest(dataset)) if folder else Keys.fresh(ranks, seed)
         draws = rank_batches(
             num_examples,
             sample_rate,
@@ -228,10 +228,11 @@ def train(
         )
         accuracy = spent = math.nan
         if ranks.rank == 0:
+            accuracy = _accuracy(framework, step, dataset, ranks)
             with ranks.busy():
-                accuracy = _accuracy(framework, step, dataset)
                 spent = config.epsilon(tally.steps) if row.private else math.inf
-        ranks.exchange("evaluated", "", timeout_s=math.inf)  # none leaves before
+        with ranks.waiting("the evaluation"):  # none leaves before
+            ranks.exchange("evaluated", "", timeout_s=math.inf)
         return Result(
             test_accuracy=accuracy,
             epsilon=spent,
@@ -271,7 +272,9 @@ def _device(row: Method, device: str | None) -> str:
         there = torch.cuda.is_available()
         device = device or ("cuda" if there else "cpu")
         if device == "cuda" and not there:
-            raise ValueError("torch finds no CUDA device here: use --device cpu")
+            raise ValueError(
+                "torch finds no CUDA device here: install a CUDA build of it, or use --device cpu"
+            )
     else:
         import jax
 
@@ -306,11 +309,18 @@ def _config(
     return config or PrivacyConfig(noise_multiplier=float(first), **public)
 
 
-def _accuracy(framework: ModuleType, step: Step, dataset: datasets.Dataset) -> float:
-    right = sum(
-        int((framework.predict(step, inputs) == targets).sum())
-        for inputs, targets in dataset.test_batches(_TEST_CHUNK)
-    )
+def _digest(dataset: datasets.Dataset) -> int:
+    # Of the training data, and so a secret of theirs.
+    inputs = dataset.train_inputs
+    parts = [*inputs.values()] if isinstance(inputs, dict) else [inputs]
+    return digest(*parts, dataset.train_targets)
+
+
+def _accuracy(framework: ModuleType, step: Step, dataset: datasets.Dataset, ranks: Ranks) -> float:
+    right = 0
+    for inputs, targets in dataset.test_batches(_TEST_CHUNK):
+        with ranks.busy():  # others wait, for so long at most for each chunk
+            right += int((framework.predict(step, inputs) == targets).sum())
     return right / len(dataset.test_targets)
 
 
@@ -321,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--method", default="torch-vmap", help=", ".join(METHODS))
+    add("--method", default="torch-bookkeeping", help=", ".join(METHODS))
     add("--model", default="digits-cnn", help=", ".join(models.MODELS))
     add("--data", default="digits", choices=("digits", "cifar100", "synthetic"), help="data set")
     add("--data-dir", help="folder of CIFAR-100")
@@ -343,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--placement", default="round-robin", choices=PLACEMENTS, help="of the draw on the ranks")
     add("--noise-placement", default="split", choices=("split", "rank0"), help="over the ranks")
     add("--sync", default="once", choices=("once", "every"), help="every physical batch: SGD's")
+    add("--timeout", dest="timeout_s", type=float, default=40.0, help="s without a sign of a rank")
     add("--checkpoint", help="folder to resume from; its files 'keys*' are secrets")
     add("--checkpoint-every", type=int, default=10, help="updates from one checkpoint to the next")
     add("--resume", action="store_true", help="go on with the run in --checkpoint, if there is one")
@@ -354,23 +365,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rounded_up(epsilon: float) -> str:
-    # ε is an upper bound and stays one when it is shown.
-    return f"{math.ceil(epsilon * 100) / 100:.2f}" if math.isfinite(epsilon) else "inf"
-
-
 def _statement(args: argparse.Namespace, epsilon: float, steps: int, seeded: bool) -> str:
     if not METHODS[args.method].private:
         return "no privacy: plain SGD"
+    spent = loop.statement(
+        epsilon,
+        delta=args.delta,
+        neighbours="add_remove",
+        sample_rate=args.sample_rate,
+        steps=steps,
+    )
     fixed = "\nthe seed is fixed: this ε holds for nobody who knows it"
-    return (
-        f"ε = {_rounded_up(epsilon)} at δ = {args.delta:g} "
-        f"({_RELATIONS['add_remove']}, Poisson q={args.sample_rate:.4g}, T={steps}, PLD)"
-    ) + seeded * fixed
+    return spent + seeded * fixed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, 2 if an option cannot work, 130 after Ctrl-C."""
+    """Run the command line; 0, 2 if an option cannot work, 70 if the run fails, 130 by Ctrl-C."""
     args = _parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
@@ -389,10 +399,10 @@ def _main(args: argparse.Namespace) -> int:
             report=print if args.diagnostics else None,
             progress=sys.stderr.isatty(),
         )
-    except (Disagreement, TimeoutError) as error:
+    except (Disagreement, TimeoutError, Unsaved) as error:
         print(f"dpsgd.train: {error}", file=sys.stderr)
         return 70
-    except (ValueError, KeyError, ModuleNotFoundError, *_PATHS) as error:
+    except (ValueError, KeyError, ModuleNotFoundError, OSError) as error:
         words = error.args[0] if isinstance(error, KeyError) else error
         print("dpsgd.train:", " ".join(str(words).split()), file=sys.stderr)
         return 2

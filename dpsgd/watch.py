@@ -36,6 +36,10 @@ class Store(Protocol):
 def leave(sentence: str) -> None:
     """Say why and end the process at once, whatever its main thread waits for."""
     print(sentence, file=sys.stderr, flush=True)
+    # What was printed before is let out, unless the main thread hangs in printing.
+    flushed = threading.Thread(target=print, kwargs={"end": "", "flush": True}, daemon=True)
+    flushed.start()
+    flushed.join(1)
     os._exit(EXIT_CODE)
 
 
@@ -53,7 +57,9 @@ class Watch:
         rank: of this process.
         world: number of ranks.
         store: a connection that no other thread waits on.
-        timeout_s: without a sign of life, or of progress while others wait, a rank is given up.
+        timeout_s: without a sign of life for so long a rank is given up. So it is without progress
+            while others wait, but not before three times what its longest physical batch took, the
+            first one with what it compiled.
         first_timeout_s: the same for progress until this rank's first physical batch is through,
             which compiles.
         leave: called with the sentence; it does not return.
@@ -79,12 +85,14 @@ class Watch:
             "beat": 0,
             "progress": 0,
             "arrived": 0,  # collectives that this rank has come to, all of a run's in one order
-            "step": 0,  # the update they belong to
+            "at": "update 0",  # what they belong to
             "patience_s": first_timeout_s,  # how long it may go without progress
             "trouble": "",  # an error in a collective: another rank's fault, if it has one
             "end": "",
         }
         self._batches = 0
+        self._began: float | None = None  # when the physical batch that is under way did
+        self._patience_s = timeout_s  # once the first batch is through
         self._since: float | None = None  # when this rank began to wait in a collective
         self._last_round = clock()
         self._seen: dict[str, tuple[Any, float]] = {}
@@ -115,7 +123,10 @@ class Watch:
             until = time.monotonic() + self.timeout_s
             while self.rank == 0 and time.monotonic() < until:
                 others = [self._read(r) for r in range(1, self.world)]
-                if all(other and other["end"] for other in others) or self.verdict():
+                if all(other and other["end"] for other in others):
+                    break
+                if self.verdict():
+                    time.sleep(3 * self.interval_s)  # the others have yet to read it
                     break
                 self._last_round = self._clock()
                 time.sleep(self.interval_s / 4)
@@ -125,16 +136,17 @@ class Watch:
 
     def progress(self) -> None:
         """Called before each physical batch: a rank without progress is taken to hang."""
-        if self._batches == 1:
-            self._state["patience_s"] = self.timeout_s
-        self._batches += 1
         self._moved()
+        if self._batches:
+            self._state["patience_s"] = self._patience_s
+        self._batches += 1
+        self._began = self._clock()
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Around work that others may have to wait for, ``first_timeout_s`` at most."""
         before = self._state["patience_s"]
-        self._state["patience_s"] = self.first_timeout_s
+        self._state["patience_s"] = max(before, self.first_timeout_s)
         self._moved()
         try:
             yield
@@ -143,11 +155,11 @@ class Watch:
             self._state["patience_s"] = before
 
     @contextlib.contextmanager
-    def waiting(self, step: int) -> Iterator[None]:
-        """Around a collective of update ``step``, until its result is there."""
+    def waiting(self, at: int | str) -> Iterator[None]:
+        """Around what all must come to, of update number ``at`` or named so, until it is done."""
         self._moved()
         self._state["arrived"] += 1
-        self._state["step"] = step
+        self._state["at"] = at if isinstance(at, str) else f"update {at}"
         self._since = self._clock()
         try:
             yield
@@ -161,9 +173,12 @@ class Watch:
             self._since = None
         self._moved()
         if self._batches:  # a rank whose shares were empty so far has yet to compile
-            self._state["patience_s"] = self.timeout_s
+            self._state["patience_s"] = self._patience_s
 
     def _moved(self) -> None:
+        if self._began is not None:  # a physical batch is through
+            took_s = self._clock() - self._began
+            self._patience_s, self._began = max(self._patience_s, 3 * took_s), None
         self._state["progress"] += 1
 
     def verdict(self) -> str | None:
@@ -204,8 +219,9 @@ class Watch:
         while not self._stopped.wait(self.interval_s):
             found = self.round()
             if found and not self._stopped.is_set():
-                if self.rank == 0:  # it may hold the store, and the others have yet to read
-                    time.sleep(3 * self.interval_s)
+                # Rank 0 may hold the store, and the others have yet to read.
+                if self.rank == 0 and self._stopped.wait(3 * self.interval_s):
+                    return None  # the main thread ends, and says why itself
                 return self._leave(f"rank {self.rank} of {self.world} ends: {found}")
         return None
 
@@ -227,18 +243,18 @@ class Watch:
         state = self._read(other)
         silent_s = self._unchanged("beat", state and state["beat"], now)
         since = self._since  # of the main thread
-        arrived, step = self._state["arrived"], self._state["step"]
+        arrived, at = self._state["arrived"], self._state["at"]
         waited_s = 0.0 if since is None else now - since
         if state is None:
             if silent_s < 3 * self.timeout_s:  # imports take their time
                 return None
             return f"rank {other} has never started to work"
         if state["end"].startswith("failed"):
-            return f"rank {other} {state['end']} after arriving at update {state['step']}"
+            return f"rank {other} {state['end']} after arriving at {state['at']}"
         if state["end"]:
             if waited_s < self.timeout_s or state["arrived"] >= arrived:
                 return None
-            return f"rank {other} ended after update {state['step']}, but update {step} needs it"
+            return f"rank {other} ended after {state['at']}, but {at} needs it"
         if silent_s > self.timeout_s:
             return (
                 f"rank {other} has given no sign of life for {silent_s:.0f} s: its process is "
@@ -246,21 +262,24 @@ class Watch:
             )
         troubled_s = self._unchanged("trouble", state["trouble"], now)
         if state["trouble"] and troubled_s > 1.1 * self.timeout_s:  # later than silence is told
-            return f"rank {other} failed ({state['trouble']}) in update {state['step']}"
+            return f"rank {other} failed ({state['trouble']}) in {state['at']}"
         idle_s = self._unchanged("progress", state["progress"], now)
         patience_s = state["patience_s"]
         if waited_s > self.timeout_s and idle_s > patience_s and state["arrived"] < arrived:
             return (
-                f"rank {other} hangs: no progress for {idle_s:.0f} s, while update {step} waits "
-                f"for it (it has come to update {state['step']})"
+                f"rank {other} hangs: no progress for {idle_s:.0f} s, while {at} waits for it "
+                f"(it has come to {state['at']})"
             )
-        if waited_s > 1.3 * self.timeout_s and self._all_arrived(arrived):
+        # Since the last one has come: how long this rank has waited for it does not count.
+        together = waited_s > 0.2 * self.timeout_s and self._all_arrived(arrived)
+        stuck_s = self._unchanged("together", together and arrived, now)
+        if together and stuck_s > self._patience_s:
             return (
-                f"all ranks have arrived at update {step}, but its all-reduce has not ended in "
-                f"{waited_s:.0f} s: look at the network between them"
+                f"all ranks have arrived at {at}, but its all-reduce has not ended in "
+                f"{stuck_s:.0f} s: look at the network between them"
             )
         return None
 
     def _all_arrived(self, arrived: int) -> bool:
-        states = [self._read(rank) for rank in range(self.world)]
+        states = map(self._read, range(self.world))  # no further than to the first that has not
         return all(state is not None and state["arrived"] >= arrived for state in states)

@@ -155,6 +155,10 @@ def agreement(ranks, found):
     step.params[0].data += float(odd)
     found["parameters"] = told(step)
     step = build(name, ranks)
+    drive(step, ranks, (4,))
+    step.params[0].data += float(odd)
+    found["parameters after an update"] = told(step)
+    step = build(name, ranks)
     step.done += odd
     found["step"] = told(step)
 

@@ -1,15 +1,17 @@
 """Interrupted runs: the same end with their keys, a higher ε without, and no secret in the open."""
 
+import errno
 import json
 import os
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from test_faults import Memory
 
-from dpsgd import checkpoint, privacy
+from dpsgd import checkpoint, data, loop, privacy
 from dpsgd.checkpoint import Folder, Keys
 from dpsgd.jax.step import JaxStep
 from dpsgd.ranks import Ranks
@@ -134,6 +136,24 @@ def test_without_its_keys_the_repeated_steps_are_charged_again(monkeypatch, tmp_
     assert "T=10, PLD" in capsys.readouterr().out
 
 
+def test_other_data_never_meet_the_same_noise(monkeypatch, tmp_path):
+    run_until(monkeypatch, 5, False, checkpoint=tmp_path)
+    before = json.loads((tmp_path / "keys").read_text())
+    load = data.load
+
+    def changed(*args, **options):
+        dataset = load(*args, **options)
+        dataset.train_inputs[7, 0, 3, 3] ^= 1
+        return dataset
+
+    monkeypatch.setattr(data, "load", changed)
+    resumed = train(**OPTIONS, checkpoint=tmp_path, resume=True)
+    after = json.loads((tmp_path / "keys").read_text())
+    assert after["noise"] != before["noise"]
+    assert resumed.steps == 5 + (STEPS - EVERY), "those that are repeated are charged again"
+    assert train(**OPTIONS, checkpoint=tmp_path, resume=True).steps == resumed.steps
+
+
 def test_keys_are_private_and_nowhere_else(monkeypatch, tmp_path, capfd):
     run_until(monkeypatch, 5, False, checkpoint=tmp_path)
     train(**OPTIONS, checkpoint=tmp_path, resume=True, report=print)
@@ -170,12 +190,33 @@ def test_a_crash_while_saving_leaves_the_older_checkpoint(monkeypatch, tmp_path)
     np.testing.assert_array_equal(parameters(resumed), parameters(whole))
 
 
+@pytest.mark.parametrize(("what", "call", "begun"), [("begin", 3, 2), ("save", 2, 3)])
+def test_a_full_disk_states_what_was_spent(monkeypatch, tmp_path, capsys, what, call, begun):
+    real, calls = getattr(Folder, what), []
+
+    def full(self, *args):
+        calls.append(None)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, *args)
+
+    line = [*LINE, "--checkpoint-every", "3", "--checkpoint", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, what, full)
+        assert main(line) == 70
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    spent = privacy.epsilon(sample_rate=0.02, noise_multiplier=1.0, steps=begun, delta=1e-5)
+    assert f"{tmp_path} cannot be written (No space left on device)" in said
+    assert f"after {begun} of 8 steps, which spent ε = {loop.rounded_up(spent)} at δ" in said
+    assert main([*line, "--resume"]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--resume", "--learning-rate", "0.02"], "learning_rate=0.01, not 0.02"),
         (["--resume", "--clip-norm", "2"], "clip_norm=1.0, not 2.0"),
-        (["--resume", "--method", "torch-ghost"], "method='torch-vmap', not 'torch-ghost'"),
+        (["--resume", "--method", "torch-ghost"], "method='torch-bookkeeping', not 'torch-ghost'"),
         ([], "holds a run already: resume it"),
     ],
 )
@@ -299,6 +340,23 @@ def test_ranks_share_the_sampling_key_and_nothing_else(tmp_path):
     assert len({k.sampling for k in keys}) == 1
     assert len({k.noise for k in keys}) == 3
     assert of_all_ranks(tmp_path, 3) == keys
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_folder_that_a_rank_does_not_share_is_refused_untouched(tmp_path, blind):
+    shared, store = tmp_path / "shared", Memory()
+    of_all_ranks(shared, 3)
+    before = {path.name: path.read_bytes() for path in shared.iterdir()}
+
+    def refused(number):
+        ranks = Ranks(rank=number, world=3, store=store)
+        path = tmp_path / "own" if number == blind else shared
+        with pytest.raises(ValueError, match=rf"rank {blind} does not see the .*checkpoint.npz"):
+            Folder(path, ranks, {"lr": 1.0}, resume=True)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(refused, range(3))) == [None] * 3
+    assert {path.name: path.read_bytes() for path in shared.iterdir()} == before
 
 
 @pytest.mark.parametrize("change", ["one rank's keys are lost", "another number of ranks"])

@@ -1,8 +1,11 @@
 """A rank that dies, stops, hangs, fails, ends early or disagrees ends the run everywhere."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 import time
+from unittest import mock
 
 import launch
 import pytest
@@ -39,10 +42,10 @@ class Trio:
             with watch.waiting(1):
                 pass
 
-    def arrive(self, *ranks):
-        """Be in the collective of update 2 from now on."""
+    def arrive(self, *ranks, at=2):
+        """Be in the collective of update 2, or where it is said, from now on."""
         for rank in ranks:
-            self.open.append(self.watches[rank].waiting(2))
+            self.open.append(self.watches[rank].waiting(at))
             self.open[-1].__enter__()
 
     def after(self, seconds, working=()):
@@ -100,6 +103,27 @@ def test_busy_ranks_are_given_time(trio):
     with trio.watches[1].busy():
         assert not trio.after(50)
     assert "rank 1 hangs" in trio.after(20)[0]
+
+
+def test_slow_batches_are_given_three_times_their_seconds(trio):
+    """One rank's share may take a physical batch more than those of the others."""
+    slow = trio.watches[1]
+    slow.progress()
+    assert not trio.after(25)
+    trio.arrive(0, 2)
+    slow.progress()  # after 25 s
+    assert not trio.after(74)
+    assert "rank 1 hangs: no progress for 76 s, while update 2 waits for it" in trio.after(5)[0]
+
+
+def test_the_evaluation_is_waited_for_as_an_update_is(trio):
+    trio.arrive(1, 2, at="the evaluation")
+    for _ in range(3):
+        with trio.watches[0].busy():
+            assert not trio.after(55)
+    with trio.watches[0].busy():
+        said = trio.after(65)
+    assert "rank 0 hangs: no progress for 61 s, while the evaluation waits for it" in said[2]
 
 
 @pytest.mark.parametrize("victim", range(3))
@@ -195,6 +219,14 @@ def test_a_network_that_hangs_is_told_from_a_rank_that_does(trio):
     assert "all ranks have arrived at update 2, but its all-reduce" in trio.after(15)[0]
 
 
+def test_a_network_has_its_time_from_when_the_last_rank_has_arrived(trio):
+    trio.arrive(0, 2)
+    assert not trio.after(30, working=(1,))
+    trio.arrive(1)
+    assert not trio.after(10)
+    assert "all ranks have arrived at update 2, but its all-reduce" in trio.after(5)[0]
+
+
 def test_a_rank_that_never_came_is_named(trio):
     trio.gone = {1, 2}
     assert "rank 1 has never started" in trio.after(40)[0]
@@ -245,6 +277,30 @@ def test_threads_tell_and_leave():
     watch.start()
     assert left.wait(60)
     watch.stop()
+
+
+def test_a_rank_that_ends_by_itself_is_not_ended_by_its_watch():
+    """Rank 0 stays for the others to read; meanwhile its main thread has something to say."""
+    left = []
+    watch = Watch(0, 2, store := Memory(), timeout_s=0.2, leave=left.append)
+    store.set("watch/verdict", "rank 1 hangs")
+    answers = {"wait.side_effect": [False, True], "is_set.return_value": False}
+    watch._stopped = mock.Mock(**answers)
+    watch._rounds()
+    assert not left
+
+
+def test_what_was_printed_before_is_not_lost():
+    code = "from dpsgd.watch import leave; print('said', end=''); leave('why')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=launch.TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODE, "said", "why\n")
 
 
 # Processes, over gloo

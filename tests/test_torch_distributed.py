@@ -70,7 +70,7 @@ def test_a_rank_that_differs_is_named_with_its_matter_on_every_rank(found):
     for rank in found["agreement"]:
         assert rank.pop("nothing") == ""
         for matter, told in rank.items():
-            assert told.startswith(f"rank {world - 1} differs from rank 0 in {matter}: ")
+            assert told.startswith(f"rank {world - 1} differs from rank 0 in {matter.split()[0]}: ")
 
 
 def test_opacus_own_sampler_shares_positions_and_drops_empty_draws(found):

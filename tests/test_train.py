@@ -1,16 +1,21 @@
 """The command line and `train`: what they reach, what they say, what they keep secret."""
 
+import contextlib
 import math
 import statistics
 import warnings
 
 import numpy as np
 import pytest
+from test_faults import Memory
 
-from dpsgd import privacy
+from dpsgd import loop, privacy
 from dpsgd import train as cli
+from dpsgd.ranks import Ranks
+from dpsgd.torch import models as torch_models
 from dpsgd.torch.methods.vmap import Vmap
 from dpsgd.train import main, train
+from dpsgd.watch import Watch
 
 QUICK = ["--steps", "3", "--sample-rate", "0.1", "--noise-multiplier", "1", "--device", "cpu"]
 PUBLIC = {"sample_rate": 256 / 1437, "steps": 200, "delta": 1e-5}
@@ -38,6 +43,7 @@ def sigma():
         (["--physical-batch-size", "0"], "physical_batch_size is 0; it must"),
         (["--learning-rate", "nan"], "learning_rate is nan; it must"),
         (["--seed", "-1"], "seed is -1; it must"),
+        (["--timeout", "0"], "timeout_s is 0.0; it must"),
     ],
 )
 def test_a_bad_option_is_one_sentence_and_exit_2(capsys, options, words):
@@ -62,6 +68,17 @@ def test_a_missing_device_is_one_sentence(capsys, monkeypatch, method):
     monkeypatch.setattr(jax, "devices", none)
     assert main(["--method", method, "--device", "cuda"]) == 2
     assert "device here" in capsys.readouterr().err
+
+
+def test_a_missing_device_is_one_sentence_on_many_ranks_too(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--device", "cuda"]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "install a CUDA build of it, or use --device cpu" in said
 
 
 def test_epsilon_and_sigma_exclude_each_other(capsys):
@@ -110,9 +127,9 @@ def test_a_method_without_privacy_claims_none(capsys, options):
 
 
 def test_a_shown_epsilon_is_never_rounded_down():
-    assert cli._rounded_up(7.991) == "8.00"
-    assert cli._rounded_up(8.001) == "8.01"
-    assert cli._rounded_up(math.inf) == "inf"
+    assert loop.rounded_up(7.991) == "8.00"
+    assert loop.rounded_up(8.001) == "8.01"
+    assert loop.rounded_up(math.inf) == "inf"
 
 
 @pytest.mark.parametrize(("where", "begun"), [("accumulate", 2), ("update", 3)])
@@ -127,11 +144,11 @@ def test_ctrl_c_states_what_was_spent(capsys, monkeypatch, where, begun):
 
     monkeypatch.setattr(Vmap, where, interrupted)
     options = ["--noise-multiplier", "1", "--sample-rate", "0.1", "--physical-batch-size", "2000"]
-    assert main([*options, "--device", "cpu"]) == 130
+    assert main([*options, "--method", "torch-vmap", "--device", "cpu"]) == 130
     out = capsys.readouterr().out
     spent = privacy.epsilon(sample_rate=0.1, noise_multiplier=1, steps=begun, delta=1e-5)
     assert f"after {begun} of 200 steps" in out
-    assert f"ε = {cli._rounded_up(spent)} at" in out
+    assert f"ε = {loop.rounded_up(spent)} at" in out
     assert f"T={begun}, PLD" in out
 
 
@@ -146,6 +163,23 @@ def test_ctrl_c_in_the_evaluation_states_what_was_spent(capsys, monkeypatch):
     assert "T=3, PLD" in out
 
 
+def test_others_wait_for_each_chunk_of_the_evaluation_and_not_for_ever(monkeypatch):
+    watch, found, predict = Watch(0, 1, Memory()), [], torch_models.predict
+
+    def seen(*args):
+        found.append((watch._state["progress"], watch._state["patience_s"]))
+        return predict(*args)
+
+    monkeypatch.setattr(cli, "joined", lambda *_: contextlib.nullcontext(Ranks(watch=watch)))
+    monkeypatch.setattr(cli, "_TEST_CHUNK", 100)
+    monkeypatch.setattr(torch_models, "predict", seen)
+    train(steps=1, sample_rate=0.05, noise_multiplier=1.0, device="cpu")
+    progress, patience = zip(*found, strict=True)
+    assert len({*progress}) == 4, "360 images, 100 at a time"
+    assert {*patience} == {watch.first_timeout_s}
+    assert watch._state["at"] == "the evaluation"
+
+
 def test_compiled_steps_get_padded_batches(monkeypatch):
     sizes, original = [], Vmap.accumulate
 
@@ -155,7 +189,8 @@ def test_compiled_steps_get_padded_batches(monkeypatch):
 
     monkeypatch.setattr(Vmap, "accumulate", seen)
     monkeypatch.setattr(Vmap, "compiled", lambda self, function: function)
-    options = {"steps": 3, "sample_rate": 0.1, "noise_multiplier": 1.0, "device": "cpu", "seed": 1}
+    options = {"method": "torch-vmap", "steps": 3, "sample_rate": 0.1, "noise_multiplier": 1.0}
+    options |= {"device": "cpu", "seed": 1}
     train(**options, compile=True)
     assert {*sizes} == {64}
     train(**options)

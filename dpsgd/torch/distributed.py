@@ -28,7 +28,6 @@ from dpsgd.watch import Watch
 
 NOISE_PLACEMENTS = ("split", "rank0")
 _RUNS = itertools.count()
-CHECK_PARAMETERS_EVERY = 100  # updates; the first is always checked
 
 
 class TextStore:
@@ -59,7 +58,7 @@ def connect(*, device: str | None = None, timeout_s: float = 40.0) -> Ranks:
         timeout_s: a rank without a sign of life for so long ends the run on all ranks.
 
     Raises:
-        ValueError: MASTER_ADDR or MASTER_PORT is missing.
+        ValueError: MASTER_ADDR or MASTER_PORT is missing, or the CUDA device that is asked for.
         torch.distributed.DistError: not all ranks came.
     """
     ranks = Ranks.from_env()
@@ -67,6 +66,10 @@ def connect(*, device: str | None = None, timeout_s: float = 40.0) -> Ranks:
         return ranks
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if cuda:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "torch finds no CUDA device here: install a CUDA build of it, or use --device cpu"
+            )
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     patience = datetime.timedelta(seconds=3 * timeout_s)
     store, _, _ = next(
@@ -122,11 +125,6 @@ class Reducer:
         self.agreement = Agreement(ranks=ranks)
         self.agreement.declare(config=digest(*config))
         slots = len(FACTS) * ranks.world if ranks.world > 1 else 0
-        if slots and like.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"parameters are {like.dtype}: a sum over ranks needs float32; keep them in it and "
-                "use precision='bf16' for the arithmetic"
-            )
         self.buffer = torch.zeros(numel + slots, dtype=like.dtype, device=like.device)
         self.flat, self._tail = self.buffer.split([numel, slots])
 
@@ -139,8 +137,9 @@ class Reducer:
         """
         if self.ranks.world == 1:
             return
-        checked = step % CHECK_PARAMETERS_EVERY == 1
-        self.agreement.declare(step=step, parameters=fingerprint(params) if checked else 0)
+        if step != self.agreement.facts.get("step"):  # they stay the same until the next update
+            self.agreement.declare(parameters=fingerprint(params))
+        self.agreement.declare(step=step)
         with self.ranks.waiting(step):
             self._tail.copy_(torch.from_numpy(self.agreement.slots()))
             dist.all_reduce(self.buffer)
