@@ -1,5 +1,6 @@
 """Sessions: `nox -l` lists them. Each makes its environment; `nox --no-venv` uses a ready one."""
 
+import functools
 import itertools
 import os
 import pathlib
@@ -40,6 +41,15 @@ def install(session: nox.Session, *extras: str, gpu: bool = False) -> None:
     session.install("-e", f".[{','.join(extras)}]", *pins, silent=True)
 
 
+@functools.cache
+def parts(session: str) -> pathlib.Path:
+    """Where the legs of a session leave their parts; the first one here clears an older run's."""
+    folder = PARTS / session
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def gpus() -> int:
     """How many GPUs nvidia-smi lists."""
     if not shutil.which("nvidia-smi"):
@@ -67,17 +77,15 @@ def perf_gpu(session: nox.Session, framework: str) -> None:
     """
     if not gpus():
         session.error("no CUDA device: nvidia-smi lists none here. On a CPU: nox -s perf_cpu")
+    folder = parts("perf_gpu")
     install(session, framework, f"peers-{framework}", "perf", gpu=True)
-    if framework == "torch":
-        shutil.rmtree(PARTS, ignore_errors=True)
-    PARTS.mkdir(parents=True, exist_ok=True)
     options = [f"--framework={framework}", "--device=cuda", *session.posargs]
-    part = f"--benchmark-json={PARTS / framework}.json"
+    part = f"--benchmark-json={folder / framework}.json"
     session.run("python", "-m", "pytest", "perf", part, *options, success_codes=[0, 5])
     if framework == "jax":
-        parts = [str(p) for p in sorted(PARTS.glob("*.json"), reverse=True)]
         baseline = [o for o in session.posargs if o == "--save-baseline"]
-        session.run("python", "-m", "perf.runner", *baseline, *parts)
+        found = map(str, sorted(folder.glob("*.json"), reverse=True))
+        session.run("python", "-m", "perf.runner", *baseline, *found)
 
 
 @nox.session
@@ -92,15 +100,14 @@ def perf_multi_gpu(session: nox.Session, framework: str) -> None:
             "perf_cpu; the code of this session on CPU ranks: nox -s perf_multi_gpu -- "
             "--devices cpu --ranks 1,2; a cluster: python -m perf.cluster --help"
         )
+    folder = parts("perf_multi_gpu")
     install(session, framework, f"peers-{framework}", "perf", gpu=not on_cpu)
-    if framework == "torch":
-        shutil.rmtree(PARTS, ignore_errors=True)
     run = ["python", "-m", "perf.multi"]
-    part = ["--framework", framework, "--part", f"{PARTS}/{framework}.json"]
-    session.run(*run, *part, *options, success_codes=[0, 5])  # 5: no method of this framework
+    part = ["--framework", framework, "--part", f"{folder / framework}.json"]
+    # 5: no method of this framework. Stopped, it needs time to end its ranks and save.
+    session.run(*run, *part, *options, success_codes=[0, 5], interrupt_timeout=90)
     if framework == "jax":
-        parts = [str(p) for p in sorted(PARTS.glob("*.json"), reverse=True)]
-        session.run(*run, "--merge", *parts)
+        session.run(*run, "--merge", *map(str, sorted(folder.glob("*.json"), reverse=True)))
 
 
 @nox.session

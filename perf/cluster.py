@@ -152,6 +152,9 @@ def collect(folder: Path) -> int:
         )
     for job in begun:
         job.read("the step ended before this was measured")
+        for row in job.rows.values():
+            if row["status"] != "ok":
+                print(f"{job.path.stem}: {row['status']}: {row['reason']}")
     return results.finish(results.run(found))
 
 

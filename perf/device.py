@@ -78,11 +78,16 @@ def distinct(name: str, family: str | int, model: str | int, flags: Iterable[str
     return f"{name} (family {family}, model {model}{vector})"
 
 
+def names(device: str) -> list[str]:
+    """Of each GPU, or of the processor; ``unknown GPU`` where nvidia-smi lists none."""
+    return (nvidia("name") or ["unknown GPU"]) if device == "cuda" else [cpu_name()]
+
+
 def slug(device: str) -> str:
     """The folder under ``.benchmarks``: ``cpu``, or the GPU's name."""
     if device == "cpu":
         return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", nvidia("name")[0].lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", names(device)[0].lower()).strip("-")
 
 
 def clocks(device: str) -> list[str]:
@@ -108,7 +113,7 @@ def describe(device: str) -> dict:
     """The fingerprint and what it is made of, for ``machine_info``."""
     facts = {
         "device": slug(device),
-        "names": nvidia("name") if device == "cuda" else [cpu_name()],
+        "names": names(device),
         "driver": nvidia("driver_version") if device == "cuda" else [],
         "threads": threads(),
         "python": platform.python_version(),

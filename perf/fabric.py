@@ -11,7 +11,12 @@ import numpy as np
 
 
 class Torch:
-    """Over ``torch.distributed``: NCCL on GPUs, gloo on CPUs."""
+    """
+    Over ``torch.distributed``: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        RuntimeError: this build of torch does not see the device.
+    """
 
     shards = 1
 
@@ -21,6 +26,7 @@ class Torch:
 
         from dpsgd.torch import distributed
 
+        _need("torch", device, device == "cpu" or torch.cuda.is_available())
         self.torch, self.device, self._distributed = torch, device, distributed
         self.ranks = distributed.connect(device=device)
         if device == "cpu":
@@ -57,7 +63,12 @@ class Torch:
 
 
 class Jax:
-    """Over the devices of all JAX processes."""
+    """
+    Over the devices of all JAX processes.
+
+    Raises:
+        RuntimeError: this build of JAX does not see the device.
+    """
 
     def __init__(self, device: str) -> None:
         from dpsgd.jax import distributed
@@ -66,8 +77,7 @@ class Jax:
         import jax
 
         self.jax, self.shards = jax, jax.local_device_count()
-        if (jax.default_backend() == "gpu") != (device == "cuda"):
-            raise RuntimeError(f"jax does not see the device {device!r}: install its build for it")
+        _need("jax", device, (jax.default_backend() == "gpu") == (device == "cuda"))
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -109,6 +119,13 @@ class Jax:
     def close(self, error: BaseException | None = None) -> None:
         """Leave the others, or tell them of the ``error`` that ends this rank."""
         self._distributed.disconnect(self.ranks, error)
+
+
+def _need(framework: str, device: str, there: bool) -> None:
+    if not there:
+        raise RuntimeError(
+            f"{framework} does not see the device {device!r}: install its build for that device"
+        )
 
 
 def _timed(reduce, barrier, rounds: int) -> list[float]:

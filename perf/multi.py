@@ -3,7 +3,8 @@ Strong and weak scaling over the devices of one host: ``python -m perf.multi --d
 
 This process imports no framework. Each world size is one launch: of torch by torchrun, one process
 a device; of JAX one process that drives them all. What to measure and what was found are JSON
-files. A launch that dies loses the setting it was at; the rest is launched again.
+files. A launch that dies loses the setting it was at; the rest is launched again. Ctrl-C
+ends the run, and keeps what was measured.
 
 ``--devices cpu --ranks 1,2,4`` runs the same over CPU ranks: a check of the code, not a measurement
 of scaling.
@@ -25,13 +26,15 @@ from perf.results import Job
 BYTES = [1 << n for n in range(10, 29, 3)]  # of the bare all-reduce: 1 KiB … 256 MiB
 
 NOTHING = 5  # exit code, as pytest's: nothing was selected
+STOPPED = 130  # exit code, as a shell's: by Ctrl-C
 
 
 def visible() -> int:
     """GPUs that this host has and lets this process see."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    here = len(device.nvidia("name"))
-    return min(here, len([name for name in listed.split(",") if name])) if listed else here
+    here, listed = len(device.nvidia("name")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return here
+    return min(here, len([name for name in listed.split(",") if name not in ("", "-1")]))
 
 
 def command(job: Job) -> tuple[list[str], dict[str, str]]:
@@ -111,8 +114,8 @@ def options(prog: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--num-examples", type=int, default=NUM_EXAMPLES, help="N")
     parser.add_argument("--grows", default="q", help="with W in weak scaling: q or N")
     parser.add_argument("--scaling", default=",".join(SCALINGS))
-    parser.add_argument("--sync", default=",".join(SYNCS), help="of SGD: once, every")
-    parser.add_argument("--placement", default="split", help=f"noise: {','.join(PLACEMENTS)}")
+    parser.add_argument("--sync", default=",".join(SYNCS), help="of SGD: once (always), every")
+    parser.add_argument("--noise-placement", default="split", help=", ".join(PLACEMENTS))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"))
     parser.add_argument("--compile", action="store_true", help="torch: compiled")
     parser.add_argument("--rounds", type=int, default=9)
@@ -142,7 +145,7 @@ def jobs(args: argparse.Namespace, worlds: Sequence[int], folder: Path) -> list[
             methods_wanted=args.methods.split(",") if args.methods else None,
             scalings=args.scaling.split(","),
             syncs=args.sync.split(","),
-            placements=args.placement.split(","),
+            placements=args.noise_placement.split(","),
             times=args.times,
             num_examples=args.num_examples,
             grows=args.grows,
@@ -168,7 +171,7 @@ def jobs(args: argparse.Namespace, worlds: Sequence[int], folder: Path) -> list[
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, save, print the table, plot; 1 if a setting failed."""
+    """Measure, save, print the table, plot; 1 if a setting failed, 130 if the user stopped it."""
     parser = options("perf.multi", __doc__)
     parser.add_argument("--ranks", help="world sizes, comma-separated; default: 1, 2, 4 … all")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds of one launch")
@@ -184,15 +187,23 @@ def main(arguments: list[str] | None = None) -> int:
         if not todo:
             print(f"no method of {args.framework} among {args.methods}")
             return NOTHING
-        for job in todo:
-            launch(job, args.timeout)
-            print(f"[{job.framework}, {job.world_size} ranks] {job.summary()}", flush=True)
+        stopped = False
+        try:
+            for job in todo:
+                launch(job, args.timeout)
+                print(f"[{job.framework}, {job.world_size} ranks] {job.summary()}", flush=True)
+        except KeyboardInterrupt:
+            stopped = True
+            for job in todo:
+                job.stop()
         run = results.run(todo)
         shutil.rmtree(folder, ignore_errors=True)
         if args.part:
             saved.save(run, args.part)
+        if args.part and not stopped:
             return 0
-        return results.finish(run)
+        failed = results.finish(run)
+        return STOPPED if stopped else failed
     except (ValueError, KeyError, saved.Unusable) as error:
         print(f"perf.multi: {error.args[0]}", file=sys.stderr)
         return 2

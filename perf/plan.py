@@ -140,11 +140,12 @@ def settings(
                     "--num-examples, lower --times, or let N grow (--grows N)"
                 )
             for row in rows:
-                variants = [(sync, "split") for sync in syncs]
+                # Once always, and first: the others are paired with it.
+                variants = [(sync, "split") for sync in SYNCS if sync in ("once", *syncs)]
                 if row.private:
                     variants = [("once", placement) for placement in placements]
-                elif row.name.endswith("-tuned") or "once" not in syncs:
-                    variants = [("once", "split")]
+                elif row.name.endswith("-tuned"):
+                    variants = variants[:1]
                 found += [
                     Setting(
                         model=model,

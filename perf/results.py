@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import chart, device, saved
+from perf.outcome import outcome
 from perf.partial import commit
 from perf.plan import DELTA, STEPS, Setting
 from perf.protocol import SCHEMA, blank
@@ -80,13 +81,17 @@ class Job:
             settings=[Setting(**fields) for fields in spec["settings"]],
         )
 
-    def read(self, reason: str) -> None:
-        """Take over what the launch found; ``reason`` if it died, at the first setting left."""
+    def take(self) -> None:
+        """Take over what the launch found."""
         if self.result.exists():
             found = json.loads(self.result.read_text())
             self.rows |= found["rows"]
             self.hosts, self.machine = found["hosts"], found["machine_info"]
             self.all_reduce = self.all_reduce or found["all_reduce"]
+
+    def read(self, reason: str) -> None:
+        """Take over what the launch found; ``reason`` if it died, at the first setting left."""
+        self.take()
         if self.left():
             status, reason = "error", reason or "the launch ended without a result"
             failed = Path(f"{self.result}.failed")
@@ -94,6 +99,13 @@ class Job:
                 known = json.loads(failed.read_text())
                 status, reason = known["status"], known["reason"]
             self.rows[self.left()[0].id] = {"status": status, "reason": reason}
+
+    def stop(self) -> None:
+        """Take over what the launch found; what is left was stopped by the user."""
+        self.take()
+        status, reason = outcome(KeyboardInterrupt())
+        for setting in self.left():
+            self.rows[setting.id] = {"status": status, "reason": reason}
 
     def summary(self) -> str:
         """One line on how its settings ended."""

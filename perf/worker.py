@@ -176,7 +176,7 @@ def work(spec: dict[str, Any], fabric: Any, clock_hosts: list[str]) -> dict[str,
         found, subject = measure(
             setting, fabric, device, spec["rounds"], sgd[1] if paired and sgd else None
         )
-        if not row.private and setting.sync == "once":
+        if row.name == row.baseline and setting.sync == "once":
             sgd = (key, subject)
         result["rows"][setting.id] = found
         if first:
@@ -196,8 +196,9 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     if spec["device"] == "cpu":
         keep_freed_memory()
-    fabric = fabrics.connect(spec["framework"], spec["device"])
+    fabric = None
     try:
+        fabric = fabrics.connect(spec["framework"], spec["device"])
         world = fabric.ranks.world * fabric.shards
         if world != spec["world_size"]:
             raise RuntimeError(
@@ -210,7 +211,8 @@ def main() -> None:
         failed = Path(f"{spec['result']}.failed")
         if not failed.exists():
             failed.write_text(json.dumps({"status": status, "reason": reason}))
-        fabric.close(error)
+        if fabric:
+            fabric.close(error)
         raise
     fabric.close()
 

@@ -219,6 +219,12 @@ def too_little(step):
     step.place.noise_share = 1 / step.place.world
 
 
+def local_ranks(step):
+    """A mistake: each process takes its devices for the first ones."""
+    step.place.device_ranks = tuple(range(step.place.shards))
+    step._key = step.place.keys(1)
+
+
 def devices(ranks, found):
     """All methods, by one process with up to four devices."""
     for dtype in ("float64", "float32"):
@@ -277,13 +283,15 @@ def processes(ranks, found):
                 found[name] = compared(method, want, **options, model_shards=4)
             else:
                 found["every"] = compared(method, want, **options, sync="every")
+
+
+def joint_noises(ranks, found):
+    """The noise of several processes, and mistakes in it."""
     for placement in ("split", "rank0"):
-        config = privacy(2.0)
-        model = Small(nnx.Rngs(0))
-        step = build("jax-masked", model, config, ranks=ranks, noise_placement=placement)
-        drive(step, logical(1))
-        drive(step, logical(0))
-        found[f"noisy {placement}"] = {n: a.tolist() for n, a in step.parameters().items()}
+        options = {"ranks": ranks, "noise_placement": placement}
+        found[placement] = noise(1, 4, **options)
+        found[f"{placement}, local ranks"] = noise(0, 4, local_ranks, **options)
+    found["2 shards"] = noise(0, 4, ranks=ranks, model_shards=2)
 
 
 def disagree(ranks, found):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import cluster, place
+from perf import cluster, device, place, plan
 from perf.results import Job
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +118,24 @@ def test_collecting_keeps_what_there_is_and_names_what_is_missing(capsys, monkey
     (path,) = Path(".benchmarks/cpu/runs").glob("*-multi.json")
     statuses = [row["status"] for row in json.loads(path.read_text())["rows"]]
     assert statuses == ["ok", "error", "missing"]
+
+
+def test_a_job_that_measured_nothing_says_why(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(device, "nvidia", lambda query: [])  # as on a login node
+    monkeypatch.setattr(plan, "_epsilon", lambda sample_rate: 1.0)
+    monkeypatch.setattr(cluster, "submit", lambda text, found, folder: [j.write() for j in found])
+    folder = tmp_path / "run"
+    options = ["--gpus-per-node", "1", "--framework", "torch", "--folder", str(folder)]
+    assert cluster.main(options) == 0
+    reason = {"status": "error", "reason": "RuntimeError: torch does not see the device 'cuda'"}
+    (folder / "torch-w1.result.failed").write_text(json.dumps(reason))
+    capsys.readouterr()
+    assert cluster.main(["--collect", str(folder)]) == 1
+    assert f"torch-w1: error: {reason['reason']}\n" in capsys.readouterr().out
+    (path,) = Path(".benchmarks/unknown-gpu/runs").glob("*-multi.json")
+    statuses = [row["status"] for row in json.loads(path.read_text())["rows"]]
+    assert statuses == ["error"] + ["missing"] * 5
 
 
 def test_tasks_meet(tmp_path):

@@ -24,7 +24,7 @@ def alone(tmp_path_factory):
 def pair(tmp_path_factory):
     """Two processes with two devices each."""
     folder = tmp_path_factory.mktemp("pair")
-    return results("ranks_jax.py", 2, folder, "processes", "disagree", "poisson")
+    return results("ranks_jax.py", 2, folder, "processes", "joint_noises", "disagree", "poisson")
 
 
 def assert_same(name, found):
@@ -56,9 +56,6 @@ def test_devices_of_one_process_give_the_result_of_one_device(alone):
 def test_two_processes_give_the_result_of_one_device(pair):
     for name in pair[0]["processes"]:
         ours = [found["processes"][name] for found in pair]
-        if name.startswith("noisy"):
-            assert ours[0] == ours[1], "ranks hold different parameters"
-            continue
         for found in ours:
             assert_same(name, found)
             assert found["world"] == 4
@@ -96,6 +93,13 @@ def test_the_noise_is_that_of_one_device_whichever_ranks_are_empty(alone):
     mistakes = {"one key", "too little", "too little, 2 shards"}
     for name, found in alone["noises"].items():
         assert plausible(found) == (name not in mistakes), name
+
+
+def test_the_noise_of_two_processes_is_that_of_one_device(pair):
+    ours, theirs = (found["joint_noises"] for found in pair)
+    assert ours == theirs, "ranks hold different parameters"
+    for name, found in ours.items():
+        assert plausible(found) == ("local ranks" not in name), name
 
 
 @pytest.mark.parametrize("matter", ["draw", "config", "parameters", "step"])

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from perf import chart, multi, outcome, plan, results, saved, share, worker
+from perf import chart, device, fabric, multi, outcome, plan, results, saved, share, worker
 from perf.plan import Setting
 from perf.results import Job
 
@@ -64,6 +64,13 @@ def test_epsilon_grows_with_q_and_not_with_n_nor_with_the_ranks(monkeypatch):
     assert len({n["weak", world] for world in (1, 2, 4)}) == 1
     assert all(s.grows == "" for s in planned() if s.scaling == "strong")
     assert SGD.epsilon() is None
+
+
+@pytest.mark.parametrize("syncs", [["every"], ["every", "once"]])
+def test_sgd_that_reduces_once_is_always_first(syncs):
+    found = [(s.method, s.sync) for s in planned(syncs=syncs, scalings=["weak"])]
+    each = [("torch-sgd", "once"), ("torch-sgd", "every"), ("torch-bookkeeping", "once")]
+    assert found == each * 3
 
 
 @pytest.mark.parametrize(
@@ -155,6 +162,29 @@ def test_a_launch_without_end_is_ended(tmp_path, monkeypatch):
     assert "--timeout" in hanging.rows[SETTING.id]["reason"]
 
 
+def test_a_rank_that_cannot_connect_says_why(tmp_path, monkeypatch):
+    def connect(*_):
+        raise ModuleNotFoundError("No module named 'jax'")
+
+    dying = job(tmp_path)
+    dying.write()
+    monkeypatch.setattr(fabric, "connect", connect)
+    monkeypatch.setattr(worker, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["perf.worker", str(dying.path)])
+    with pytest.raises(ModuleNotFoundError):
+        worker.main()
+    dying.read("the launch ended with status 1")
+    assert dying.rows == {SGD.id: {"status": "missing", "reason": "No module named 'jax'"}}
+
+
+def test_torch_without_cuda_is_named(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="torch does not see the device 'cuda'"):
+        fabric.Torch("cuda")
+
+
 # What a rank measures
 
 
@@ -233,6 +263,23 @@ def test_a_rank_that_cannot_build_leaves_no_other_waiting(monkeypatch):
     row, subject = worker.measure(SETTING, Fabric(), "cpu", 3, None)
     assert (row["status"], row["reason"]) == ("unsupported", "layer 'x' is unknown")
     assert subject is None
+
+
+def test_methods_are_paired_with_plain_sgd_whatever_else_is_measured(tmp_path, monkeypatch):
+    names = ["jax-sgd", "jax-sgd-tuned", "jax-bookkeeping"]
+    settings = [Setting(**vars(SETTING) | {"method": name}) for name in names]
+    wanted, pairs = job(tmp_path, *settings), []
+    wanted.write()
+
+    def measure(setting, fabric, device, rounds, sgd):
+        pairs.append((setting.method, sgd))
+        return {}, setting.method
+
+    monkeypatch.setattr(worker, "measure", measure)
+    monkeypatch.setattr(device, "describe", lambda device: {})
+    spec = json.loads(wanted.path.read_text()) | {"bytes": []}
+    worker.work(spec, Fabric(), ["a"])
+    assert pairs == [("jax-sgd", None), ("jax-sgd-tuned", None), ("jax-bookkeeping", "jax-sgd")]
 
 
 @pytest.mark.parametrize("sync", ["once", "every"])
@@ -324,6 +371,40 @@ def test_the_run_is_saved_as_others_are_and_is_no_run_to_compare(run, tmp_path, 
 # The command
 
 
+class Stopped:
+    """A launch that has measured one setting when the user stops it."""
+
+    def __init__(self, line, **_):
+        spec = json.loads(Path(line[-1]).read_text())
+        found = job(Path(), Setting(**spec["settings"][0]))
+        rows(found, 1000.0)
+        info = {"device": "cpu", "names": ["a processor"]}
+        result = {"rows": found.rows, "hosts": ["a"], "machine_info": info, "all_reduce": []}
+        Path(spec["result"]).write_text(json.dumps(result))
+
+    def wait(self, timeout_s):
+        raise KeyboardInterrupt
+
+    def poll(self):
+        return -2
+
+
+def test_what_was_measured_is_kept_when_the_user_stops(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "_epsilon", lambda sample_rate: 1.0)
+    monkeypatch.setattr(chart, "plot", lambda *_: [])
+    fake = SimpleNamespace(Popen=Stopped, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(multi, "subprocess", fake)
+    line = ["--devices", "cpu", "--framework", "torch", "--scaling", "strong", "--part", "part"]
+    assert multi.main(line) == 130
+    (path,) = Path(".benchmarks/cpu/runs").iterdir()
+    run = saved.load(path)
+    assert [row["status"] for row in run["rows"]] == ["ok"] + ["interrupted"] * 5
+    assert {row["reason"] for row in run["rows"][1:]} == {"stopped by the user"}
+    assert saved.load("part")["rows"] == run["rows"]
+    assert "stopped by the user" in capsys.readouterr().out
+
+
 def test_it_ends_at_once_without_two_gpus(monkeypatch, capsys):
     monkeypatch.setattr(multi, "visible", lambda: 1)
     assert multi.main([]) == 2
@@ -335,6 +416,17 @@ def test_it_ends_at_once_without_two_gpus(monkeypatch, capsys):
     assert multi.worlds(None, "cuda") == [1, 2, 4]
     with pytest.raises(ValueError, match="has 4 GPUs"):
         multi.worlds("1,8", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("listed", "count"), [(None, 4), ("", 0), ("-1", 0), ("0,2", 2), ("0,1,2,3,4,5", 4)]
+)
+def test_gpus_that_are_hidden_do_not_count(listed, count, monkeypatch):
+    monkeypatch.setattr(device, "nvidia", lambda query: ["a GPU"] * 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert multi.visible() == count
 
 
 @pytest.mark.parametrize(
@@ -365,12 +457,46 @@ def test_each_launch_has_as_many_devices_as_ranks(tmp_path, monkeypatch):
     assert multi.command(alone)[1]["CUDA_VISIBLE_DEVICES"] == "7,6,5,4"
 
 
+class Session:
+    """A session of nox; what it runs leaves a part, or names the parts that it is given."""
+
+    venv_backend, posargs = "none", ("--devices", "cpu")
+
+    def run(self, *line, **_):
+        for word, after in zip(line, [*line[1:], ""], strict=True):
+            part = after if word == "--part" else word.partition("--benchmark-json=")[2]
+            if part:
+                Path(part).write_text("{}")
+        self.given = [Path(word).stem for word in line if word.endswith(".json")]
+
+
+@pytest.mark.parametrize("name", ["perf_gpu", "perf_multi_gpu"])
+def test_nox_merges_no_part_of_an_earlier_run(name, tmp_path, monkeypatch):
+    nox = ModuleType("nox")
+    nox.options, nox.Session = SimpleNamespace(), Session
+    nox.session, nox.parametrize = lambda f: f, lambda *_: lambda f: f
+    monkeypatch.setitem(sys.modules, "nox", nox)
+    monkeypatch.chdir(tmp_path)
+
+    def merged(*legs):
+        found = {}
+        exec(compile((ROOT / "noxfile.py").read_text(), "noxfile.py", "exec"), found)
+        found["gpus"] = lambda: 2
+        for framework in legs:
+            session = Session()
+            found[name](session, framework)
+        return session.given
+
+    assert merged("torch", "jax") == ["torch", "jax"]
+    assert merged("jax") == ["jax"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_cpu_ranks_end_to_end(framework, tmp_path):
     command = [sys.executable, "-m", "perf.multi", "--devices", "cpu", "--ranks", "1,2"]
     command += ["--framework", framework, "--physical-batch", "8", "--times", "2", "--rounds", "2"]
-    command += ["--placement", "split,rank0"]
+    command += ["--noise-placement", "split,rank0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -384,11 +384,14 @@ def test_the_command_draws_and_writes(tmp_path, capsys):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What would be drawn: (series, title) of each figure."""
+    """What would be drawn: (series, title, stem) of each figure."""
     found = []
-    monkeypatch.setattr(
-        figure, "draw", lambda series, title, *_: found.append((series, title)) or []
-    )
+
+    def draw(series, title, note, stem):
+        found.append((series, title, stem))
+        return []
+
+    monkeypatch.setattr(figure, "draw", draw)
     return found
 
 
@@ -396,7 +399,8 @@ def drawn(monkeypatch):
 def test_weak_scaling_of_ranks_that_draw_their_own(grows, last, drawn):
     args = ["--scaling", "weak", "--grows", grows, "--placement", "shard", "--machine", "a100"]
     assert command.main(args) == 0
-    ((series, title),) = drawn
+    ((series, title, stem),) = drawn
+    assert stem == Path(".benchmarks/scaling/runs/a100"), "git ignores it"
     assert "shard" in title
     assert "predicted, not measured" in title
     for line in series:
@@ -411,7 +415,21 @@ def test_given_ranges_are_named_as_such(tmp_path, drawn):
     page.write_text("<!-- scaling -->\n<!-- end -->\n")
     assert command.main(["--bytes-per-s", "1e9", "1e9", "1e9", "--write", str(page)]) == 0
     assert "given on the command line" in page.read_text()
+    assert drawn[0][2] == tmp_path / "page", "beside the page"
     assert command.main(["--alpha-s", "3", "2", "1"]) == 2
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path, drawn, capsys):
+    page = tmp_path / "page.md"
+    assert command.main(["--write", str(page)]) == 2
+    assert not drawn
+    said = capsys.readouterr().err
+    for words in (str(page), "No such file", "<!-- scaling --> … <!-- end -->"):
+        assert words in said
+    page.write_text("no marks\n")
+    with pytest.raises(saved.Unusable, match=r"page.md has no marks <!-- measured -->"):
+        command.write("new", page, command.MEASURED)
+    assert page.read_text() == "no marks\n"
 
 
 def test_a_measured_run_is_fitted_and_drawn(tmp_path, capsys):
@@ -436,9 +454,8 @@ def test_a_measured_run_is_fitted_and_drawn(tmp_path, capsys):
 def test_the_page_is_what_the_command_writes():
     page = (ROOT / "docs" / "scaling.md").read_text()
     found = page.partition(command.MARK)[2].partition(command.END)[0]
-    head = report.inputs(inputs.MACHINES["v100"])
-    assert head in found
-    assert report.checks(inputs.LOAD, inputs.MACHINES["v100"]) in found
+    slowdowns = inputs.measured_slowdowns(ROOT / ".benchmarks")
+    assert found == report.markdown(inputs.LOAD, inputs.MACHINES["v100"], slowdowns)
     assert all(
         len(line.rates) for line in figure.predicted(LOAD, [SGD], inputs.MACHINES["v100"], [1])
     )
@@ -451,3 +468,5 @@ def test_the_hold_out_on_the_page_is_that_of_the_committed_run():
     held = [line for line in measured.describe(run).splitlines() if "predicted" in line]
     assert len(held) == 12
     assert all(line in found for line in held)
+    errors = [float(line.rpartition(" ")[2].rstrip("%")) for line in held]
+    assert max(map(abs, errors)) < 25

@@ -3,7 +3,8 @@ Draw and explain: ``python -m perf.scaling [RUN.json …] [--out STEM] [--write 
 
 Without a run: predictions from ranges of inputs. With runs: the fit, its hold-out, Amdahl's and the
 universal law, and the figure of predicted lines with measured points. ``--write`` puts the one or
-the other between its marks of a page.
+the other between its marks of a page, and draws predictions beside it; without, or ``--out``, they
+are drawn in ``.benchmarks/scaling/runs``.
 """
 
 import argparse
@@ -33,10 +34,21 @@ RANGES = ("examples_per_s", "alpha_s", "bytes_per_s", "fix_s")
 
 
 def write(text: str, path: Path, mark: str = MARK) -> None:
-    """Replace what stands between the marks of a Markdown file."""
-    before, found, rest = path.read_text().partition(mark)
+    """
+    Replace what stands between the marks of a Markdown file.
+
+    Raises:
+        saved.Unusable: there is no such file, or it has no such marks.
+    """
+    marks = f"{mark.strip()} … {END.strip()}"
+    try:
+        before, found, rest = path.read_text().partition(mark)
+    except OSError as error:
+        raise saved.Unusable(
+            f"{path}: {error.strerror}: give --write a page that has the marks {marks}"
+        ) from None
     if not found or END not in rest:
-        sys.exit(f"perf.scaling: {path} has no {mark.strip()} … {END} to write between")
+        raise saved.Unusable(f"{path} has no marks {marks}: put them where it is to be written")
     path.write_text(before + mark + text + END + rest.partition(END)[2])
 
 
@@ -68,13 +80,15 @@ def _predict(args: argparse.Namespace) -> None:
     title = f"ViT-B/16 on {machine.name}, {args.placement}, {size}: predicted, not measured"
     note = "bands: all corners of the inputs' ranges. no point here was measured\n"
     note += "teeth: the last physical batch of a rank is padded to P"
-    for path in figure.draw(series, title, note, args.out or Path("docs/scaling")):
-        print(f"figure {path}")
     text = report.markdown(LOAD, machine, measured_slowdowns())
+    stem = saved.FOLDER / "scaling" / "runs" / args.machine
     if args.write:
         write(text, args.write)
+        stem = args.write.with_suffix("")
     else:
         print(text, end="")
+    for path in figure.draw(series, title, note, args.out or stem):
+        print(f"figure {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
