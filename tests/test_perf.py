@@ -328,7 +328,7 @@ def test_a_profile_takes_what_is_registered(monkeypatch):
     monkeypatch.delitem(METHODS, "torch-bookkeeping")
     after = cases("full-torch")
     assert len(after) == len(before)
-    assert [c.method for c in after].count("torch-new") == 8
+    assert [c.method for c in after].count("torch-new") == 7
     assert all(case.row.ours for case in cases("gpu-torch"))
     with pytest.raises(ValueError, match="no case of jax-masked"):
         cases("full-torch", methods_wanted=["jax-masked"])
