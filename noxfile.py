@@ -104,10 +104,18 @@ def perf_multi_gpu(session: nox.Session, framework: str) -> None:
     install(session, framework, f"peers-{framework}", "perf", gpu=not on_cpu)
     run = ["python", "-m", "perf.multi"]
     part = ["--framework", framework, "--part", f"{folder / framework}.json"]
-    # 5: no method of this framework. Stopped, it needs time to end its ranks and save.
-    session.run(*run, *part, *options, success_codes=[0, 5], interrupt_timeout=90)
-    if framework == "jax":
+
+    def merge() -> None:
         session.run(*run, "--merge", *map(str, sorted(folder.glob("*.json"), reverse=True)))
+
+    try:  # 5: no method of this framework. Stopped, it needs time to end its ranks and save
+        session.run(*run, *part, *options, success_codes=[0, 5], interrupt_timeout=90)
+    except KeyboardInterrupt:
+        if framework == "jax":
+            merge()  # with what torch measured
+        raise
+    if framework == "jax":
+        merge()
 
 
 @nox.session

@@ -55,12 +55,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Unsaved(RuntimeError):
-    """A file of the run cannot be written, by ``cause``; the message says what was spent, too."""
+    """The system has failed the run, for ``reason``; the message says what was spent, too."""
 
     public = True  # the message holds nothing of the data
 
-    def __init__(self, folder: Folder, cause: OSError, config: PrivacyConfig):
-        steps = folder.charged
+    def __init__(self, reason: str, steps: int, config: PrivacyConfig, seeded: bool):
         spent = statement(
             config.epsilon(steps),
             delta=config.delta,
@@ -68,10 +67,10 @@ class Unsaved(RuntimeError):
             sample_rate=config.sample_rate,
             steps=steps,
         )
-        unless = folder.seeded * ", which holds for nobody who knows the seed"
+        unless = seeded * ", which holds for nobody who knows the seed"
         super().__init__(
-            f"{folder.path} cannot be written ({cause.strerror or cause}): the run ends after "
-            f"{steps} of {config.steps} steps, which spent {spent}{unless}; mend that and resume"
+            f"{reason}: the run ends after {steps} of {config.steps} steps, which spent "
+            f"{spent}{unless}; mend that and resume"
         )
 
 
@@ -106,7 +105,8 @@ class Tally:
             yield folder
         except OSError as error:
             assert self._config is not None
-            raise Unsaved(folder, error, self._config) from error
+            reason = f"{folder.path} cannot be written ({error.strerror or error})"
+            raise Unsaved(reason, self.steps, self._config, self.seeded) from error
 
     @property
     def steps(self) -> int:
@@ -120,9 +120,13 @@ class Tally:
 
     @contextlib.contextmanager
     def stated(self) -> Iterator[None]:
-        """Ctrl-C within, at whatever point, says what was spent, if anything was."""
+        """Ctrl-C or a failing file within, at whatever point, says what was spent, if any was."""
         try:
             yield
+        except OSError as error:
+            if self._config and (steps := self.steps):
+                raise Unsaved(str(error), steps, self._config, self.seeded) from error
+            raise
         except KeyboardInterrupt:
             if self._config and (steps := self.steps):
                 raise Interrupted(steps, self._config, self.seeded) from None

@@ -140,7 +140,8 @@ def digest(*parts: Any) -> int:
     total = hashlib.blake2b(digest_size=3)
     for part in parts:
         data = part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode()
-        total.update(len(data).to_bytes(8, "little") + data)
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
     return int.from_bytes(total.digest(), "little")
 
 

@@ -27,7 +27,7 @@ from dpsgd.privacy import PrivacyConfig
 from dpsgd.ranks import Disagreement, Ranks, digest, joined
 from dpsgd.sampling import PLACEMENTS, check_arguments, rank_batches
 
-_TEST_CHUNK = 1024  # images in memory at once: 0.6 GB at 3x224x224
+_TEST_CHUNK = 256  # images in memory at once, and for which the other ranks have patience
 
 
 @dataclass(frozen=True, kw_only=True)

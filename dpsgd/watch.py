@@ -58,8 +58,8 @@ class Watch:
         world: number of ranks.
         store: a connection that no other thread waits on.
         timeout_s: without a sign of life for so long a rank is given up. So it is without progress
-            while others wait, but not before three times what its longest physical batch took, the
-            first one with what it compiled.
+            while others wait, but not before three times what its longest physical batch took; that
+            of the first one, which compiled, counts until there is a second.
         first_timeout_s: the same for progress until this rank's first physical batch is through,
             which compiles.
         leave: called with the sentence; it does not return.
@@ -177,8 +177,8 @@ class Watch:
 
     def _moved(self) -> None:
         if self._began is not None:  # a physical batch is through
-            took_s = self._clock() - self._began
-            self._patience_s, self._began = max(self._patience_s, 3 * took_s), None
+            longest = self.timeout_s if self._batches == 2 else self._patience_s
+            self._patience_s, self._began = max(longest, 3 * (self._clock() - self._began)), None
         self._state["progress"] += 1
 
     def verdict(self) -> str | None:

@@ -302,6 +302,39 @@ def test_a_loss_that_mixes_examples_is_refused(others, what):
         step.norms(*step.put(inputs, targets, np.ones(P, bool)))
 
 
+class Distilled(nn.Module):
+    """Gives two outputs while it is trained, and one else."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return (self.one(x), self.two(x)) if self.training else self.one(x)
+
+
+def test_a_model_that_gives_more_while_it_is_trained_is_trained():
+    def loss(model, inputs, targets):
+        one, two = model(inputs)
+        return (one.square() + two.sin()).sum(1)
+
+    torch.manual_seed(0)
+    model = Distilled().train()
+    inputs = np.random.default_rng(0).standard_normal((P, 6), np.float32)
+    assert_right(build(model, loss), model, inputs, np.zeros(P, int), np.ones(P, bool), loss)
+
+
+def test_a_loss_that_draws_for_itself_is_not_taken_to_mix():
+    rng = np.random.default_rng(0)
+
+    def loss(model, inputs, targets):
+        return each(model, inputs, targets) * (1 + rng.random())
+
+    step = build(nn.Linear(6, 3), loss)
+    inputs = rng.standard_normal((P, 6), np.float32)
+    assert (step.norms(*step.put(inputs, np.zeros(P, int), np.ones(P, bool))) > 0).all()
+
+
 class Dropping(nn.Module):
     def __init__(self):
         super().__init__()

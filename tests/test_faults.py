@@ -116,6 +116,16 @@ def test_slow_batches_are_given_three_times_their_seconds(trio):
     assert "rank 1 hangs: no progress for 76 s, while update 2 waits for it" in trio.after(5)[0]
 
 
+def test_what_the_first_batch_compiled_counts_until_the_second_is_through():
+    now, found = [0.0], []
+    watch = Watch(0, 2, Memory(), timeout_s=10.0, clock=lambda: now[0])
+    for seconds in (100, 4, 5, 1):
+        watch.progress()
+        now[0] += seconds
+        found.append(watch._state["patience_s"])
+    assert found == [watch.first_timeout_s, 300, 12, 15]
+
+
 def test_the_evaluation_is_waited_for_as_an_update_is(trio):
     trio.arrive(1, 2, at="the evaluation")
     for _ in range(3):

@@ -51,6 +51,28 @@ class Scaled(nn.Module):
         return self.linear(self.own(x)) * self.scale.exp()[self.order]
 
 
+class Tabled(nn.Module):
+    """A layer without a rule that gets what all examples share, as long as the batch by chance."""
+
+    class Own(nn.Module):  # noqa: D106
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(6))
+
+        def forward(self, x, table):
+            return torch.sin(x * self.a) + table
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.linear = self.Own(), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.randn(6))
+        self.register_buffer("table", torch.randn(P, 6))
+
+    def forward(self, x):
+        x = self.own(x, self.table) + self.own(self.table[None], self.table[None])
+        return self.linear(x) * self.scale
+
+
 class Tied(nn.Module):
     """A table that is the embedding and ``heads`` output layers."""
 
@@ -142,6 +164,7 @@ LAYERS = {
     "tied, a head unused": (Unused, (4,)),
     "an infinite gradient of the input": (Rooted, (6,)),
     "scaled": (Scaled, (3, 6)),
+    "without a rule, with a table": (Tabled, (P, 6)),
     "no bias": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, bias=False)), (2, 6)),
     "no affine": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, False)), (6,)),
     "rms": (lambda: nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 3, bias=False)), (2, 6)),
