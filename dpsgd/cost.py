@@ -24,7 +24,8 @@ WAYS = ("keep", "gram", "rebuild")
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """
-    ``examples`` P, ``positions`` T, ``inputs`` d and ``outputs`` p of each of ``groups``.
+    ``examples`` P, ``positions`` T, ``inputs`` d and ``outputs`` p of each of ``groups``; what is
+    no product has ``outputs`` alone.
 
     An image whose patches overlap holds fewer numbers than T·d: ``stored``. And XXᵀ of them takes
     fewer than 2T²d FLOPs: 2T²·``gram_inputs``. ``beside`` numbers of an example and group stay
@@ -34,8 +35,8 @@ class Layer:
     name: str
     kind: str
     examples: int
-    positions: int
-    inputs: int
+    positions: int = 1
+    inputs: int = 1
     outputs: int
     groups: int = 1
     itemsize: int = 4

@@ -267,24 +267,17 @@ def _framework(row: Method) -> ModuleType:
 
 def _device(row: Method, device: str | None) -> str:
     if row.framework == "torch":
-        import torch
+        from dpsgd.torch.distributed import best_device
 
-        there = torch.cuda.is_available()
-        device = device or ("cuda" if there else "cpu")
-        if device == "cuda" and not there:
-            raise ValueError(
-                "torch finds no CUDA device here: install a CUDA build of it, or use --device cpu"
-            )
-    else:
-        import jax
+        return best_device(device)
+    import jax
 
-        try:
-            device = jax.devices(device)[0].platform
-        except RuntimeError as error:
-            if device is None:
-                raise
-            raise ValueError(f"JAX finds no {device} device here: drop --device") from error
-    return device
+    try:
+        return jax.devices(device)[0].platform
+    except RuntimeError as error:
+        if device is None:
+            raise
+        raise ValueError(f"JAX finds no {device} device here: drop --device") from error
 
 
 def _config(

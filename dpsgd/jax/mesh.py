@@ -278,8 +278,7 @@ def fingerprint(tree: Any) -> jax.Array:
     """24 bits of the bits of all leaves, as float32: equal for equal leaves."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
-        kind = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
-        bits = jax.lax.bitcast_convert_type(leaf, kind).ravel().astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
         odd = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
         total = 31 * total + (bits * odd).sum(dtype=jnp.uint32)
     return ((total >> 8) ^ (total & 0xFF)).astype(jnp.float32)

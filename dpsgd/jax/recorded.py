@@ -170,8 +170,6 @@ class Recorded(JaxStep):
                     name=".".join(map(str, path)) or "model",
                     kind=f"{type(modules[path]).__name__} (autodiff)",
                     examples=examples,
-                    positions=1,
-                    inputs=1,
                     outputs=size,
                     ways=("keep",),
                 )

@@ -111,9 +111,9 @@ def _check_alone(step: Any, inputs: Any, targets: Tensor, own: int) -> None:
             for module in modules:
                 module.training = False
             with torch.no_grad():
-                want, got, again = loss(likes), loss(others), loss(likes)
-            if close(want, got) or not close(want, again):  # or what is random shows nothing
-                return
+                want, got = loss(likes), loss(others)
+                if close(want, got) or not close(want, loss(likes)):  # what is random shows nothing
+                    return
     finally:
         for module in training:
             module.training = True

@@ -49,6 +49,22 @@ class TextStore:
         self._store.delete_key(key)
 
 
+def best_device(device: str | None = None) -> str:
+    """
+    ``device``, or CUDA if it is there, or the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for, and is not there.
+    """
+    there = torch.cuda.is_available()
+    device = device or ("cuda" if there else "cpu")
+    if device.startswith("cuda") and not there:
+        raise ValueError(
+            "torch finds no CUDA device here: install a CUDA build of it, or use --device cpu"
+        )
+    return device
+
+
 def connect(*, device: str | None = None, timeout_s: float = 40.0) -> Ranks:
     """
     Join the other processes that torchrun started, and watch over them; alone, rank 0 of 1.
@@ -64,12 +80,8 @@ def connect(*, device: str | None = None, timeout_s: float = 40.0) -> Ranks:
     ranks = Ranks.from_env()
     if ranks.world == 1:
         return ranks
-    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    cuda = best_device(device).startswith("cuda")
     if cuda:
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "torch finds no CUDA device here: install a CUDA build of it, or use --device cpu"
-            )
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     patience = datetime.timedelta(seconds=3 * timeout_s)
     store, _, _ = next(

@@ -230,8 +230,6 @@ class Recorded(TorchStep):
                     name=name,
                     kind=f"{type(module).__name__} (parameter)",
                     examples=self.physical_batch_size,
-                    positions=1,
-                    inputs=1,
                     outputs=self.params[self._index[name]].numel(),
                     itemsize=self.params[0].element_size(),
                     ways=("together",),

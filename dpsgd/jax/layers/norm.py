@@ -64,8 +64,6 @@ class Norm(Rule):
             name=name,
             kind=kind,
             examples=examples,
-            positions=1,
-            inputs=1,
             outputs=len(self.trained) * g.shape[-1],
             groups=stacked,
             itemsize=g.dtype.itemsize,

@@ -102,8 +102,6 @@ class Rule:
             name=self.name,
             kind=type(self.module).__name__ + self.note,
             examples=seen.examples,
-            positions=1,
-            inputs=1,
             outputs=numbers,
             itemsize=seen.g.element_size(),
             ways=self.ways,
